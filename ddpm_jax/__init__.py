@@ -1,0 +1,50 @@
+"""Denoising diffusion probabilistic models in JAX: train, sample from, and evaluate them."""
+
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, load_config
+from ddpm_jax.diffusion.process import (
+    Denoised,
+    make_denoiser,
+    p_sample,
+    predict_eps,
+    predict_v,
+    predict_x0,
+    q_posterior,
+    q_sample,
+)
+from ddpm_jax.diffusion.samplers import sample
+from ddpm_jax.diffusion.schedule import Schedule, make_schedule, schedule_from_betas
+from ddpm_jax.errors import InputError, NonFiniteLossError
+from ddpm_jax.inference import Model, load
+from ddpm_jax.models import UNet
+from ddpm_jax.training.loop import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "Denoised",
+    "DiffusionConfig",
+    "InputError",
+    "Model",
+    "ModelConfig",
+    "NonFiniteLossError",
+    "OptimConfig",
+    "SampleConfig",
+    "Schedule",
+    "TrainConfig",
+    "UNet",
+    "load",
+    "load_config",
+    "make_denoiser",
+    "make_schedule",
+    "p_sample",
+    "predict_eps",
+    "predict_v",
+    "predict_x0",
+    "q_posterior",
+    "q_sample",
+    "sample",
+    "schedule_from_betas",
+    "train",
+]

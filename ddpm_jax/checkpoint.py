@@ -1,0 +1,173 @@
+"""How runs are stored: Orbax checkpoints in a run folder, each with its config inside.
+
+    RUN/config.json                 the config of the run
+    RUN/checkpoints/STEP/           params, ema and training (optimiser state, step), each readable alone
+
+A checkpoint is written to a temporary folder and renamed when whole, so a killed run leaves either all of it or none.
+One that was damaged later is put aside as STEP.damaged, and the one before it is used.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from ddpm_jax.config import Config, differences, from_json, to_json
+from ddpm_jax.errors import InputError
+from ddpm_jax.training.state import TrainState
+
+logger = logging.getLogger("ddpm_jax")
+
+Checkpointer = ocp.training.Checkpointer
+
+
+def claim_run_folder(workdir: Path, config: Config) -> None:
+    """Create the run folder and its config.json, or check that the folder belongs to the same config.
+
+    Raises:
+        InputError: the folder can't be written, or belongs to a run whose config differs in a field that matters.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        changed = differences(read_config(path), config)
+        if changed:
+            raise InputError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"can't write to run folder {workdir}: {error.strerror}: choose another --workdir") from error
+
+
+def read_config(path: Path) -> Config:
+    """The config of a run from its config.json. Raises InputError where it can't be read."""
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+
+
+def open_checkpoints(workdir: Path, config: Config) -> Checkpointer:
+    """The checkpoints of a run folder, for writing: the newest train.keep_last and every train.keep_every_steps stay."""
+    policies = ocp.training.preservation_policies
+    keep: list[Any] = [policies.LatestN(config.train.keep_last)]
+    if config.train.keep_every_steps is not None:
+        keep.append(policies.EveryNSteps(config.train.keep_every_steps))
+    return Checkpointer(
+        (workdir / "checkpoints").absolute(),
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(checkpoints: Checkpointer, state: TrainState, step: int, config: Config) -> None:
+    """Start writing a checkpoint; training goes on meanwhile. `checkpoints.wait()` ends when it is written."""
+    items = {"params": state.params, "ema": state.ema, "training": _training(state)}
+    checkpoints.save_checkpointables_async(step, items, force=True, custom_metadata={"config": to_json(config)})
+
+
+def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | None:
+    """The newest checkpoint of a run folder that can be read, or None if there is none.
+
+    Args:
+        workdir: the run folder.
+        abstract_state: shapes, dtypes and shardings of the state to be.
+    """
+    items = {"params": abstract_state.params, "ema": abstract_state.ema, "training": _training(abstract_state)}
+    for path in _newest_first(workdir / "checkpoints"):
+        try:
+            loaded = ocp.load_checkpointables(path, items)
+            return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
+        except Exception as error:  # whatever Orbax or its storage raise: the checkpoint can't be used
+            aside = path.with_name(f"{path.name}.damaged")
+            path.rename(aside)
+            logger.warning("checkpoint %s can't be read (%s): put aside as %s", path, _first_line(error), aside.name)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights read from a checkpoint."""
+
+    config: Config
+    """The config that they were trained with."""
+    params: PyTree
+    """The weights: raw, or their moving average."""
+    step: int
+    """Updates made before they were saved."""
+
+
+def load_weights(path: str | Path, weights: str, make_abstract: Any) -> Weights:
+    """The weights of a run folder (its newest readable checkpoint) or of one checkpoint folder.
+
+    Args:
+        path: RUN or RUN/checkpoints/STEP.
+        weights: "ema" or "raw".
+        make_abstract: function Config -> abstract parameters (shapes, dtypes, shardings).
+
+    Raises:
+        InputError: no checkpoint there, or one whose arrays don't fit the network of its config.
+    """
+    path = Path(path).absolute()
+    if weights not in ("ema", "raw"):
+        raise InputError(f"unknown weights {weights!r}: choose ema or raw")
+    if not path.exists():
+        raise InputError(f"no checkpoint at {path}: there is no such folder")
+    if path.is_dir() and path.name.isdigit() and ocp.is_orbax_checkpoint(path):
+        return _load_one(path, weights, make_abstract)
+    candidates = list(_newest_first(path / "checkpoints")) if path.is_dir() else []
+    if not candidates:
+        raise InputError(f"no checkpoint at {path}: give a run folder, such as runs/demo, or one of its checkpoints/STEP")
+    for candidate in candidates[:-1]:
+        try:
+            return _load_one(candidate, weights, make_abstract)
+        except InputError as error:
+            logger.warning("%s; falling back to the checkpoint before", error)
+    return _load_one(candidates[-1], weights, make_abstract)
+
+
+def _load_one(path: Path, weights: str, make_abstract: Any) -> Weights:
+    try:
+        stored = ocp.metadata(path).custom_metadata or {}
+    except Exception as error:  # see restore_newest
+        raise InputError(f"checkpoint {path} can't be read: {_first_line(error)}") from error
+    if "config" not in stored:
+        raise InputError(f"checkpoint {path} holds no config: it was not written by ddpm_jax")
+    config = from_json(stored["config"])
+    name = "ema" if weights == "ema" else "params"
+    abstract = make_abstract(config)
+    try:
+        params = ocp.load_checkpointables(path, {name: abstract})[name]
+    except Exception as error:  # see restore_newest
+        raise InputError(f"checkpoint {path} can't be read as the network of its config: {_first_line(error)}") from error
+    return Weights(config, params, int(path.name))
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    """The folders of whole checkpoints, from the highest step down."""
+    if not folder.is_dir():
+        return
+    steps = sorted((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), reverse=True)
+    yield from (folder.absolute() / str(step) for step in steps)
+
+
+def _training(state: TrainState) -> dict[str, PyTree]:
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def abstract_like(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+    """Shapes and dtypes of a tree of arrays or shapes, to be restored with the given sharding."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

@@ -1,0 +1,269 @@
+"""The configuration of a run: frozen dataclasses, loaded from a Python file, overridden by dotted name, kept as JSON."""
+
+import dataclasses
+import difflib
+import runpy
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ddpm_jax.diffusion.process import Prediction, Variance
+from ddpm_jax.diffusion.samplers import Sampler
+from ddpm_jax.diffusion.schedule import ScheduleKind, Spacing
+from ddpm_jax.errors import InputError
+from ddpm_jax.validation import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The images to learn from."""
+
+    source: str = "fashion_mnist"
+    """Packaged set ("fashion_mnist"), or the path of an .npy or .npz file (arrays "images" and, if any, "labels")."""
+    image_shape: tuple[int, int, int] | None = None
+    """Height, width and channels; taken from the data where not given, checked against them where given."""
+    flip: bool = False
+    """Whether each image is mirrored left to right with probability 1/2."""
+    device_megabytes: int = 512
+    """Sets up to this size are kept on the device whole; larger ones are sent batch by batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process and what the network predicts of it."""
+
+    schedule: ScheduleKind = "linear"
+    """Noise schedule."""
+    num_steps: int = 1000
+    """T, the number of noising steps."""
+    beta_start: float = 1e-4
+    """First beta of the linear and scaled_linear schedules, for T = 1000; scaled by 1000/T."""
+    beta_end: float = 0.02
+    """Last beta of the same."""
+    prediction: Prediction = "eps"
+    """What the network predicts: the noise, the clean image, or v = sqrt(ab) eps - sqrt(1 - ab) x0."""
+    variance: Variance = "fixed_large"
+    """Variance of the reverse steps of the ddpm sampler: beta, or that of the posterior."""
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    """How training draws t: independently, or one from each of B equal parts of 0 ... T-1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The UNet of Ho et al.; the defaults are their CIFAR-10 network."""
+
+    channels: int = 128
+    """Channels of the first level."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level, as multiples of the first; each level halves the resolution."""
+    num_res_blocks: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Feature map heights, in pixels, that have attention after every block."""
+    dropout: float = 0.1
+    """Dropout rate of the residual blocks."""
+    num_groups: int = 32
+    """Groups of GroupNorm."""
+    num_classes: int | None = None
+    """Number of classes to condition on; None for an unconditional network."""
+    space_to_depth: int = 1
+    """Edge of the patches of pixels that the network sees as one pixel; 1 for Ho et al.'s networks."""
+    remat: bool = False
+    """Whether blocks are recomputed in the backward pass, which saves memory and costs time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters, statistics and the loss stay float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and the moving average of the weights."""
+
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """Adam, or Adam with decoupled weight decay."""
+    learning_rate: float = 2e-4
+    """Learning rate after warm-up."""
+    b1: float = 0.9
+    """Decay of Adam's first moment."""
+    b2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Weight decay of adamw."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or falling to 0 at train.num_steps along a half cosine."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; longer ones are scaled down. None: no limit."""
+    accumulate_steps: int = 1
+    """Parts into which a batch is split, one after the other, to save memory; their gradients are averaged."""
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average (EMA) of the weights."""
+    ema_warmup: bool = True
+    """Whether the decay of update n is at most (1 + n) / (10 + n), so that early averages forget the initial weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training run."""
+
+    batch_size: int = 128
+    """Images of one step, over all devices."""
+    num_steps: int = 800_000
+    """Steps to train in all, counted from the first start of the run."""
+    log_every_steps: int = 100
+    """Steps between two lines of metrics, which hold the mean over these steps."""
+    checkpoint_every_steps: int = 5000
+    """Steps between two checkpoints; the last step has one too."""
+    keep_last: int = 3
+    """How many of the newest checkpoints are kept."""
+    keep_every_steps: int | None = 100_000
+    """Checkpoints at multiples of this are kept for good; None: none are."""
+    preview_every_steps: int | None = 10_000
+    """Steps between two grids of samples from the same noise; None: none are made."""
+    preview_images: int = 64
+    """Images of such a grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How samples are drawn unless sample.py is told otherwise."""
+
+    sampler: Sampler = "ddim"
+    """Sampling algorithm."""
+    num_steps: int | None = 100
+    """Network evaluations for each image, 1 to T; None: T."""
+    eta: float = 0.0
+    """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
+    spacing: Spacing = "uniform"
+    """Which timesteps are visited."""
+    batch_size: int = 64
+    """Images drawn at once; has no influence on the images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    seed: int = 0
+    """Seed of everything random in the run: weights, data order, noise, dropout."""
+
+
+# Fields that may change between two starts of the same run: they decide what is written, not what is computed.
+HARMLESS = (
+    "train.num_steps",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_last",
+    "train.keep_every_steps",
+    "train.preview_every_steps",
+    "train.preview_images",
+    "data.device_megabytes",
+    *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)),
+)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The `config` of a Python file, with overrides such as {"train.num_steps": 500} applied.
+
+    Raises:
+        InputError: the file is missing or broken, exports no Config, or an override doesn't fit.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no config file at {path}: give the path of one, such as configs/fashion_mnist.py")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # a config file is a program; whatever is wrong with it is the user's to mend
+        raise InputError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise InputError(f"config file {path} exports no `config` of type ddpm_jax.Config")
+    return override(config, overrides or {})
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with fields replaced by dotted name, types checked, then validated.
+
+    Raises:
+        InputError: an unknown name (the nearest one is given), a value of the wrong type, or one out of range.
+    """
+    known = flatten(config)
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(unknown_name(name, known))
+        room, _, field = name.rpartition(".")
+        if not room:
+            config = dataclasses.replace(config, **{field: _convert(name, value, int)})
+            continue
+        section = getattr(config, room)
+        converted = _convert(name, value, get_type_hints(type(section))[field])
+        config = dataclasses.replace(config, **{room: dataclasses.replace(section, **{field: converted})})
+    validate(config)
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{"data.source": ..., "seed": ...}: every field by its dotted name."""
+    return dict(_flatten(dataclasses.asdict(config), ""))
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested dictionaries of JSON values."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in flatten(config).items()}
+
+
+def from_json(values: Any) -> Config:
+    """The inverse of to_json; fields that are absent have their defaults, so that older runs stay readable."""
+    if not isinstance(values, dict):
+        raise InputError("a stored config must be a JSON object of dotted names")
+    return override(Config(), values)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One text for each field that differs and would change what a started run computes."""
+    before, after = flatten(old), flatten(new)
+    harmless = set(HARMLESS)
+    if new.optim.decay == "cosine":
+        harmless.remove("train.num_steps")  # the learning rate of every step depends on it
+    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name] and name not in harmless]
+
+
+def unknown_name(name: str, known: Any) -> str:
+    """The message for a name that no field has."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"unknown config field {name!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """The value as the type of a field; lists become tuples and whole numbers floats. Raises InputError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _convert(name, value, arguments[0])
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise InputError(f"{name} = {value!r}: choose one of {', '.join(map(str, arguments))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is Ellipsis or len(value) == len(arguments):
+            return tuple(_convert(name, item, arguments[0]) for item in value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, bool) == (hint is bool) and isinstance(hint, type) and isinstance(value, hint):
+        return value
+    expected = hint.__name__ if origin is None else hint
+    raise InputError(f"{name} = {value!r}: expected {expected}, not {type(value).__name__}")

@@ -1,0 +1,120 @@
+"""Where images come from: the packaged set, or arrays in .npy and .npz files."""
+
+import dataclasses
+import importlib.resources
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.errors import InputError
+
+PACKAGED = {"fashion_mnist": "fashion_mnist_10k.npz"}
+FASHION_MNIST_CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+CHUNK_ELEMENTS = 1 << 24  # values are checked in pieces of this size, so that a memory-mapped file is never whole in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images in memory or memory-mapped."""
+
+    images: np.ndarray
+    """uint8 [N, H, W, C] in [0, 255], or float32 [N, H, W, C] in [-1, 1]."""
+    labels: np.ndarray | None = None
+    """int32 [N], or None."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes where they are known."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+
+def load_images(config: DataConfig) -> ImageSet:
+    """The images that a config names, checked.
+
+    Raises:
+        InputError: no such set or file, or arrays of a wrong dtype, shape or range.
+    """
+    if config.source in PACKAGED:
+        image_set = load_packaged(config.source)
+    else:
+        image_set = load_arrays(Path(config.source))
+    if config.image_shape is not None and image_set.image_shape != config.image_shape:
+        raise InputError(f"{config.source}: images are {image_set.image_shape}, but data.image_shape = {config.image_shape}")
+    return image_set
+
+
+def load_packaged(name: str) -> ImageSet:
+    """A set that comes with the package: "fashion_mnist", 10,000 images of 28x28x1 in ten classes."""
+    resource = importlib.resources.files("ddpm_jax.data") / "packaged" / PACKAGED[name]
+    with resource.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return ImageSet(arrays["images"][..., None], arrays["labels"].astype(np.int32), FASHION_MNIST_CLASSES)
+
+
+def load_arrays(path: Path) -> ImageSet:
+    """Images from an .npy file, or "images" and, if any, "labels" from an .npz file.
+
+    Images are [N, H, W, C], or [N, H, W] for one channel: uint8, or float32 in [-1, 1]. An .npy file is memory-mapped.
+
+    Raises:
+        InputError: see load_images.
+    """
+    if not path.is_file():
+        names = ", ".join(PACKAGED)
+        raise InputError(f"data.source = {str(path)!r} is neither a packaged set ({names}) nor a file: give the path of an .npy or .npz file")
+    arrays = _read(path)
+    if "images" not in arrays:
+        raise InputError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, but no array called 'images'")
+    images = arrays["images"]
+    if images.ndim == 3:
+        images = images[..., None]
+    _check_images(path, images)
+    if "labels" not in arrays:
+        return ImageSet(images)
+    labels = arrays["labels"]
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise InputError(f"{path}: 'labels' must be {len(images)} whole numbers from 0, not {labels.dtype} {labels.shape}")
+    return ImageSet(images, labels.astype(np.int32))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        if path.suffix == ".npy":
+            return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} can't be read as a NumPy file: {_first_line(error)}") from error
+    raise InputError(f"{path}: unknown kind of file {path.suffix!r}: use .npy or .npz")
+
+
+def _check_images(path: Path, images: np.ndarray) -> None:
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise InputError(f"{path}: images must be [N, H, W, C] or [N, H, W], not of shape {images.shape}")
+    if len(images) == 0:
+        raise InputError(f"{path} holds no images")
+    if images.dtype == np.uint8:
+        return
+    if images.dtype != np.float32:
+        raise InputError(f"{path}: images are {images.dtype}: save them as uint8 in [0, 255] or float32 in [-1, 1]")
+    step = max(1, CHUNK_ELEMENTS // int(np.prod(images.shape[1:])))
+    ranges = [(piece.min(), piece.max()) for piece in (images[i : i + step] for i in range(0, len(images), step))]
+    low, high = float(np.min(ranges)), float(np.max(ranges))  # NaN if any pixel is
+    if not np.isfinite([low, high]).all():
+        raise InputError(f"{path}: some pixels are NaN or infinite")
+    if low < -1 or high > 1:
+        raise InputError(f"{path}: float images must lie in [-1, 1], not [{low:g}, {high:g}]: rescale them, or save uint8")
+    if low >= 0:
+        raise InputError(f"{path}: float images must fill [-1, 1], but these lie in [{low:g}, {high:g}]: if 0 is black, save 2 x - 1")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+

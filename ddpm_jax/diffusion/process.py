@@ -1,0 +1,201 @@
+"""The forward process q, its posterior, and one reverse step p, as pure functions.
+
+    q(xt | x0)          = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I)                              Eq. 4
+    q(x_{t-1} | xt, x0) = N(posterior_mean_x0[t] x0 + posterior_mean_xt[t] xt, posterior_variance[t] I)   Eq. 7
+    p(x_{t-1} | xt)     = q(x_{t-1} | xt, x0 = what the network predicts) with a fixed variance      section 3.2
+
+Equations are those of Ho, Jain & Abbeel (2020), arXiv:2006.11239. With xt = a x0 + s eps, a^2 + s^2 = 1, a network
+may predict eps, x0, or v = a eps - s x0 (Salimans & Ho 2022, arXiv:2202.00512); each gives the other two.
+
+Everywhere x is float32 [..., H, W, C] (any shape will do) and t int32, with as many axes as x has batch axes: [B] for
+a batch, [] under vmap. All of it works under jit, vmap, grad and pmap.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from ddpm_jax.diffusion.schedule import Schedule
+
+Prediction = Literal["eps", "x0", "v"]
+Variance = Literal["fixed_small", "fixed_large"]
+AnyKey = Key[Array, "..."] | UInt32[Array, "..."]
+
+
+class Denoised(NamedTuple):
+    """What a denoiser makes of xt: two views of one prediction, xt = a x0 + s eps, and a learned log variance if any."""
+
+    x0: Float[Array, "*shape"]
+    eps: Float[Array, "*shape"]
+    log_variance: Float[Array, "*shape"] | None = None
+
+
+NetworkFn = Callable[[Float[Array, "*shape"], Int[Array, "*batch"]], Float[Array, "*shape"]]
+Denoiser = Callable[[Float[Array, "*shape"], Int[Array, "*batch"]], Denoised]
+
+
+def at(coefficient: Float[Array, " T"], t: Int[Array, "*batch"], x: Float[Array, "*shape"]) -> Float[Array, "..."]:
+    """coefficient[t], with axes of size one behind so that it multiplies x."""
+    return coefficient[t].reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def q_sample(
+    schedule: Schedule, x0: Float[Array, "*shape"], t: Int[Array, "*batch"], eps: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Draw xt ~ q(xt | x0): xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, Eq. 4 of Ho et al. (2020).
+
+    Args:
+        schedule: T steps.
+        x0: clean images in [-1, 1].
+        t: timesteps 0 ... T-1.
+        eps: standard normal noise.
+    """
+    return at(schedule.sqrt_alpha_bar, t, x0) * x0 + at(schedule.sqrt_one_minus_alpha_bar, t, x0) * eps
+
+
+def q_posterior(
+    schedule: Schedule, x0: Float[Array, "*shape"], xt: Float[Array, "*shape"], t: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "..."], Float[Array, "..."]]:
+    """Mean, variance and log variance of q(x_{t-1} | xt, x0), Eqs. 6 and 7 of Ho et al. (2020).
+
+    The mean has the shape of x0; variance and log variance are one number per image and broadcast against it. At t = 0
+    the mean is x0 and the variance 0, while the log variance repeats that of t = 1.
+    """
+    mean = at(schedule.posterior_mean_x0, t, x0) * x0 + at(schedule.posterior_mean_xt, t, xt) * xt
+    return mean, at(schedule.posterior_variance, t, x0), at(schedule.posterior_log_variance, t, x0)
+
+
+def predict_x0(
+    schedule: Schedule,
+    xt: Float[Array, "*shape"],
+    t: Int[Array, "*batch"],
+    output: Float[Array, "*shape"],
+    prediction: Prediction = "eps",
+) -> Float[Array, "*shape"]:
+    """x0 from a network's output: (xt - s eps) / a, Eq. 15 of Ho et al. (2020), or a xt - s v. Not clipped."""
+    a, s = at(schedule.sqrt_alpha_bar, t, xt), at(schedule.sqrt_one_minus_alpha_bar, t, xt)
+    if prediction == "eps":
+        return (xt - s * output) / a
+    if prediction == "v":
+        return a * xt - s * output
+    _check_prediction(prediction)
+    return output
+
+
+def predict_eps(
+    schedule: Schedule,
+    xt: Float[Array, "*shape"],
+    t: Int[Array, "*batch"],
+    output: Float[Array, "*shape"],
+    prediction: Prediction = "eps",
+) -> Float[Array, "*shape"]:
+    """eps from a network's output: (xt - a x0) / s, or s xt + a v."""
+    a, s = at(schedule.sqrt_alpha_bar, t, xt), at(schedule.sqrt_one_minus_alpha_bar, t, xt)
+    if prediction == "x0":
+        return (xt - a * output) / s
+    if prediction == "v":
+        return s * xt + a * output
+    _check_prediction(prediction)
+    return output
+
+
+def predict_v(
+    schedule: Schedule,
+    xt: Float[Array, "*shape"],
+    t: Int[Array, "*batch"],
+    output: Float[Array, "*shape"],
+    prediction: Prediction = "eps",
+) -> Float[Array, "*shape"]:
+    """v = a eps - s x0 (Salimans & Ho 2022) from a network's output: (eps - s xt) / a, or (a xt - x0) / s."""
+    a, s = at(schedule.sqrt_alpha_bar, t, xt), at(schedule.sqrt_one_minus_alpha_bar, t, xt)
+    if prediction == "eps":
+        return (output - s * xt) / a
+    if prediction == "x0":
+        return (a * xt - output) / s
+    _check_prediction(prediction)
+    return output
+
+
+def make_denoiser(
+    schedule: Schedule, network_fn: NetworkFn, prediction: Prediction = "eps", clip: bool = True
+) -> Denoiser:
+    """A denoiser (xt, t) -> Denoised from a network (xt, t) -> output.
+
+    Args:
+        schedule: the one that the network was trained with.
+        network_fn: the network with its weights; computed in any dtype, read as float32.
+        prediction: what its output means: "eps", "x0" or "v".
+        clip: whether x0 is clipped to [-1, 1], the range of images; eps then follows the clipped x0.
+    """
+    _check_prediction(prediction)
+
+    def denoiser(xt: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Denoised:
+        output = network_fn(xt, t).astype(xt.dtype)
+        x0 = predict_x0(schedule, xt, t, output, prediction)
+        if not clip:
+            return Denoised(x0, predict_eps(schedule, xt, t, output, prediction))
+        x0 = jnp.clip(x0, -1.0, 1.0)
+        return Denoised(x0, predict_eps(schedule, xt, t, x0, "x0"))
+
+    return denoiser
+
+
+def p_sample(
+    key: AnyKey,
+    schedule: Schedule,
+    denoiser: Denoiser,
+    xt: Float[Array, "*shape"],
+    t: Int[Array, "*batch"],
+    variance: Variance = "fixed_large",
+) -> Float[Array, "*shape"]:
+    """Draw x_{t-1} ~ p(x_{t-1} | xt), line 4 of Algorithm 2 of Ho et al. (2020); no noise is added at t = 0.
+
+    Args:
+        key: one key, or one for each image [B], which makes an image's noise independent of its batch.
+        schedule: T steps.
+        denoiser: see make_denoiser.
+        xt: noisy images.
+        t: timesteps 0 ... T-1.
+        variance: "fixed_large" (beta_t) or "fixed_small" (the posterior variance), section 3.2.
+    """
+    mean, _, _ = q_posterior(schedule, denoiser(xt, t).x0, xt, t)
+    deviation = jnp.exp(0.5 * at(p_log_variance(schedule, variance), t, xt))
+    noise = normal(key, xt.shape)
+    last = (t == 0).reshape(t.shape + (1,) * (xt.ndim - t.ndim))
+    return jnp.where(last, mean, mean + deviation * noise)
+
+
+def p_log_variance(schedule: Schedule, variance: Variance = "fixed_large") -> Float[Array, " T"]:
+    """Log variance of p(x_{t-1} | xt) for every t, section 3.2 of Ho et al. (2020).
+
+    "fixed_large" is log beta_t, the upper bound; "fixed_small" the log of the posterior variance, the lower one. At
+    t = 0 both hold the posterior's entry for t = 1, as in Ho et al.'s code; it matters to the likelihood alone.
+    """
+    if variance == "fixed_small":
+        return schedule.posterior_log_variance
+    if variance != "fixed_large":
+        raise ValueError(f"unknown variance {variance!r}: choose fixed_small or fixed_large")
+    return jnp.log(schedule.beta).at[0].set(schedule.posterior_log_variance[0])
+
+
+def as_keys(key: AnyKey) -> Key[Array, "..."]:
+    """The key as a typed one: jax.random.PRNGKey's raw uint32 arrays are taken too."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def normal(key: AnyKey, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+    """Standard normal float32 noise of the given shape, from one key, or row by row from one key for each row [B]."""
+    keys = as_keys(key)
+    if keys.ndim == 0:
+        return jax.random.normal(keys, shape)
+    if keys.shape != shape[:1]:
+        raise ValueError(f"one key for each image needs {shape[0]} keys, not {keys.shape}")
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)
+
+
+def _check_prediction(prediction: str) -> None:
+    if prediction not in ("eps", "x0", "v"):
+        raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0 or v")

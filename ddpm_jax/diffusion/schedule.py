@@ -1,0 +1,200 @@
+"""Noise schedules: every coefficient of the diffusion process, by timestep.
+
+Steps are 0-based: t = 0 ... T-1, and x at t = 0 has been noised once.
+
+    alpha_t     = 1 - beta_t                                                   (1)
+    alpha_bar_t = alpha_0 alpha_1 ... alpha_t,   alpha_bar_{-1} = 1            (2)
+    snr_t       = alpha_bar_t / (1 - alpha_bar_t)                              (3)
+
+All of it follows from log alpha_bar alone: 1 - exp(log ab) = -expm1(log ab) loses no digits where alpha_bar is
+close to 1, so the same few lines serve float64 (a new schedule) and float32 (a sub-sequence of one, inside jit).
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
+
+ScheduleKind = Literal["linear", "cosine", "sigmoid", "scaled_linear"]
+Spacing = Literal["uniform", "trailing", "quadratic"]
+
+MAX_BETA = 0.999  # Nichol & Dhariwal (2021), section 3.2: keeps the last steps of the cosine schedule finite.
+LOG_TINY = math.log(1e-20)  # Ho et al.'s floor for the log of a variance that is exactly zero.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Coefficients of q and of its posterior, one float32 array of shape [T] each, indexed by t."""
+
+    beta: Float[Array, " T"]
+    """Variance added by the step t-1 -> t, in (0, 1)."""
+    alpha_bar: Float[Array, " T"]
+    """Share of x0's variance left in xt, Eq. 4 of Ho et al. (2020)."""
+    alpha_bar_prev: Float[Array, " T"]
+    """alpha_bar one step earlier; 1 at t = 0."""
+    log_alpha_bar: Float[Array, " T"]
+    """log alpha_bar; keeps the digits that 1 - alpha_bar has lost in float32."""
+    log_snr: Float[Array, " T"]
+    """log(alpha_bar / (1 - alpha_bar)), falling in t."""
+    sqrt_alpha_bar: Float[Array, " T"]
+    """Coefficient of x0 in xt."""
+    sqrt_one_minus_alpha_bar: Float[Array, " T"]
+    """Coefficient of eps in xt."""
+    sqrt_one_minus_alpha_bar_prev: Float[Array, " T"]
+    """The same one step earlier; 0 at t = 0."""
+    posterior_mean_x0: Float[Array, " T"]
+    """Coefficient of x0 in the posterior mean, Eq. 7."""
+    posterior_mean_xt: Float[Array, " T"]
+    """Coefficient of xt in the posterior mean, Eq. 7."""
+    posterior_variance: Float[Array, " T"]
+    """Variance of q(x_{t-1} | xt, x0), Eq. 7; 0 at t = 0. The "fixed_small" choice of section 3.2."""
+    posterior_log_variance: Float[Array, " T"]
+    """Its logarithm; the entry at t = 0 repeats the one at t = 1, since log 0 has no use."""
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps."""
+        return self.beta.shape[0]
+
+
+def make_schedule(kind: ScheduleKind = "linear", num_steps: int = 1000, **options: float) -> Schedule:
+    """The named schedule with T = num_steps steps, computed in float64 and cast to float32 once.
+
+    Args:
+        kind: "linear" (Ho et al. 2020; options beta_start = 1e-4, beta_end = 0.02) and "scaled_linear" (linear in
+            sqrt(beta), Rombach et al. 2022; same options): betas given for T = 1000, multiplied by 1000/T so that
+            x_T is as noisy for every T. "cosine" (Nichol & Dhariwal 2021, Eq. 17; option s = 0.008). "sigmoid"
+            (Jabri et al. 2022; options start = -3, end = 3, tau = 1).
+        num_steps: T >= 1.
+        **options: those of the kind, as above.
+
+    Raises:
+        ValueError: unknown kind or option, T < 1, or a beta outside (0, 1).
+    """
+    if not isinstance(num_steps, int | np.integer) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ValueError(f"a schedule needs a whole number of steps, 1 or more, not {num_steps!r}")
+    builders: dict[str, Any] = {
+        "linear": _linear_betas,
+        "scaled_linear": _scaled_linear_betas,
+        "cosine": _cosine_betas,
+        "sigmoid": _sigmoid_betas,
+    }
+    if kind not in builders:
+        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(get_args(ScheduleKind))}")
+    try:
+        betas = builders[kind](int(num_steps), **options)
+    except TypeError:
+        raise ValueError(f"the {kind} schedule has no option {', '.join(sorted(options))} in this combination") from None
+    return schedule_from_betas(betas)
+
+
+def schedule_from_betas(betas: Any) -> Schedule:
+    """The schedule of any betas [T] in (0, 1); all coefficients in float64, cast to float32 once.
+
+    Raises:
+        ValueError: betas not one-dimensional, empty, or outside (0, 1).
+    """
+    beta = np.asarray(betas, np.float64)
+    if beta.ndim != 1 or beta.size == 0:
+        raise ValueError(f"betas must be a non-empty list of numbers, not an array of shape {beta.shape}")
+    outside = ~((beta > 0) & (beta < 1))
+    if outside.any():
+        t = int(np.argmax(outside))
+        raise ValueError(f"beta[{t}] = {beta[t]:g} lies outside (0, 1): use more steps or smaller betas")
+    coefficients = _coefficients(np.cumsum(np.log1p(-beta)), np)
+    return Schedule(**{name: jnp.asarray(value, jnp.float32) for name, value in coefficients.items()})
+
+
+def respace(schedule: Schedule, timesteps: Int[Array, " K"]) -> Schedule:
+    """The schedule of the K-step process that visits only `timesteps` (ascending) of the original one.
+
+    Its marginals at the visited steps are the original's (Nichol & Dhariwal 2021, section 4):
+    beta'_i = 1 - alpha_bar[t_i] / alpha_bar[t_{i-1}].
+    """
+    return Schedule(**_coefficients(schedule.log_alpha_bar[timesteps], jnp))
+
+
+def spaced_timesteps(num_steps: int, total_steps: int, spacing: Spacing = "uniform") -> np.ndarray:
+    """K = num_steps ascending, distinct timesteps out of T = total_steps, the last of which is T-1. int32 [K].
+
+    Args:
+        num_steps: K, from 1 to T.
+        total_steps: T.
+        spacing: "uniform": equal steps that include both 0 and T-1. "trailing": equal steps counted down from T-1
+            (Lin et al. 2023, table 2). "quadratic": dense at low noise (Song et al. 2021, appendix D.2).
+
+    Raises:
+        ValueError: K outside 1 ... T, or an unknown spacing.
+    """
+    if not 1 <= num_steps <= total_steps:
+        raise ValueError(f"cannot take {num_steps} sampling steps of a {total_steps}-step process: choose 1 to {total_steps}")
+    last = total_steps - 1
+    if spacing == "uniform":
+        steps = np.linspace(last, 0, num_steps)[::-1]
+    elif spacing == "trailing":
+        steps = np.arange(total_steps, 0, -total_steps / num_steps)[:num_steps][::-1] - 1
+    elif spacing == "quadratic":
+        steps = np.linspace(math.sqrt(last), 0, num_steps)[::-1] ** 2
+    else:
+        raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(get_args(Spacing))}")
+    position = np.arange(num_steps)
+    # Rounding can make neighbours equal where steps are dense; each is then moved up to the next free one.
+    return (np.maximum.accumulate(np.round(steps).astype(np.int32) - position) + position).astype(np.int32)
+
+
+def _coefficients(log_alpha_bar: Any, xp: Any) -> dict[str, Any]:
+    """Every field of Schedule from log alpha_bar [T], with NumPy in float64 or jax.numpy in float32."""
+    log_prev = xp.concatenate([xp.zeros_like(log_alpha_bar[:1]), log_alpha_bar[:-1]])
+    log_alpha = log_alpha_bar - log_prev
+    beta = -xp.expm1(log_alpha)
+    one_minus, one_minus_prev = 0.0 - xp.expm1(log_alpha_bar), 0.0 - xp.expm1(log_prev)
+    posterior_variance = beta * one_minus_prev / one_minus
+    if log_alpha_bar.shape[0] > 1:
+        log_variance = xp.log(xp.concatenate([posterior_variance[1:2], posterior_variance[1:]]))
+    else:
+        log_variance = xp.full_like(log_alpha_bar, LOG_TINY)
+    return {
+        "beta": beta,
+        "alpha_bar": xp.exp(log_alpha_bar),
+        "alpha_bar_prev": xp.exp(log_prev),
+        "log_alpha_bar": log_alpha_bar,
+        "log_snr": log_alpha_bar - xp.log(one_minus),
+        "sqrt_alpha_bar": xp.exp(log_alpha_bar / 2),
+        "sqrt_one_minus_alpha_bar": xp.sqrt(one_minus),
+        "sqrt_one_minus_alpha_bar_prev": xp.sqrt(one_minus_prev),
+        "posterior_mean_x0": xp.exp(log_prev / 2) * beta / one_minus,
+        "posterior_mean_xt": xp.exp(log_alpha / 2) * one_minus_prev / one_minus,
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance": log_variance,
+    }
+
+
+def _linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float64[np.ndarray, " T"]:
+    scale = 1000 / num_steps
+    return np.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=np.float64)
+
+
+def _scaled_linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float64[np.ndarray, " T"]:
+    scale = 1000 / num_steps
+    return np.linspace(math.sqrt(scale * beta_start), math.sqrt(scale * beta_end), num_steps, dtype=np.float64) ** 2
+
+
+def _cosine_betas(num_steps: int, s: float = 0.008) -> Float64[np.ndarray, " T"]:
+    u = np.arange(num_steps + 1, dtype=np.float64) / num_steps
+    return _betas_from_alpha_bar(np.cos((u + s) / (1 + s) * np.pi / 2) ** 2)
+
+
+def _sigmoid_betas(num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Float64[np.ndarray, " T"]:
+    u = np.arange(num_steps + 1, dtype=np.float64) / num_steps
+    falling = 1 / (1 + np.exp((u * (end - start) + start) / tau))
+    return _betas_from_alpha_bar((falling - falling[-1]) / (falling[0] - falling[-1]))
+
+
+def _betas_from_alpha_bar(alpha_bar: Float64[np.ndarray, " T1"]) -> Float64[np.ndarray, " T"]:
+    """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most MAX_BETA, from T+1 values that start at u = 0."""
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)

@@ -1,0 +1,203 @@
+"""A trained model: load it, ask its network, draw images from it.
+
+The noise of image i comes from fold_in(key(seed), i) alone, so it depends neither on the batch it is drawn in, nor on
+the number of devices, nor on how many other images are asked for.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+
+from ddpm_jax.checkpoint import abstract_like, load_weights
+from ddpm_jax.config import Config
+from ddpm_jax.diffusion.process import make_denoiser
+from ddpm_jax.diffusion.samplers import Sampler, sample
+from ddpm_jax.diffusion.schedule import Schedule, Spacing
+from ddpm_jax.errors import InputError
+from ddpm_jax.models import make_unet
+from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, round_up
+from ddpm_jax.training.state import init_params
+from ddpm_jax.validation import config_schedule, validate
+
+DrawFn = Callable[[PyTree, Key[Array, " B"], Int[Array, " B"] | None], UInt8[Array, "... H W C"]]
+
+
+def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """[-1, 1] as [0, 255]: the inverse of x / 127.5 - 1, rounded, clipped."""
+    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
+
+
+@functools.lru_cache(maxsize=8)
+def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
+    """The compiled function (params, keys [B], labels [B]) -> images [B, H, W, C], by config.sample's settings.
+
+    Args:
+        config: with data.image_shape.
+        mesh: the batch is split over its devices.
+        num_frames: 0, or the number of frames [F, B, H, W, C] to return of the way from noise to images.
+    """
+    shape = _image_shape(config)
+    unet, schedule, settings = make_unet(config.model, shape[-1]), config_schedule(config), config.sample
+
+    def draw(params: PyTree, keys: Key[Array, " B"], labels: Int[Array, " B"] | None) -> UInt8[Array, "... H W C"]:
+        denoiser = make_denoiser(
+            schedule, lambda xt, t: unet.apply({"params": params}, xt, t, labels), config.diffusion.prediction
+        )
+        images = sample(
+            keys, schedule, denoiser, (keys.shape[0], *shape), settings.sampler, settings.num_steps, settings.eta,
+            settings.spacing, trajectory=num_frames, variance=config.diffusion.variance,
+        )  # fmt: skip
+        return to_uint8(images)
+
+    return compile_for(mesh, draw)
+
+
+def draw_images(
+    config: Config,
+    mesh: Mesh,
+    params: PyTree,
+    seed: int,
+    num_images: int,
+    labels: Int[np.ndarray, " N"] | None = None,
+    num_frames: int = 0,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> UInt8[np.ndarray, "... N H W C"]:
+    """Images 0 ... num_images - 1 of a seed, batch by batch.
+
+    A class-conditional network without labels draws class i mod num_classes as image i. The last batch is filled up
+    to full size, so that all of them run one program. `on_batch` is told how many images are done.
+    """
+    size = round_up(min(config.sample.batch_size, num_images), mesh)
+    draw = make_draw(config, mesh, num_frames)
+    num_classes = config.model.num_classes
+    pieces = []
+    for start in range(0, num_images, size):
+        indices = np.arange(start, start + size, dtype=np.uint32)
+        classes = None
+        if num_classes is not None:
+            classes = indices % num_classes if labels is None else labels[np.minimum(indices, num_images - 1)]
+            classes = put(classes.astype(np.int32), batch_sharding(mesh))
+        keys = _image_keys(put(np.uint32(seed), replicated(mesh)), put(indices, batch_sharding(mesh)))
+        pieces.append(np.asarray(jax.device_get(draw(params, keys, classes))))
+        on_batch(min(start + size, num_images))
+    axis = 1 if num_frames else 0
+    return np.concatenate(pieces, axis=axis).take(np.arange(num_images), axis=axis)
+
+
+@jax.jit
+def _image_keys(seed: Array, indices: Array) -> Key[Array, " B"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A network with its weights and all that is needed to draw from it; made by `load`."""
+
+    config: Config
+    """The config that it was trained with."""
+    params: PyTree
+    """Its weights, on all devices."""
+    schedule: Schedule
+    """Its noise schedule."""
+    step: int
+    """Training steps behind the weights."""
+    weights: str
+    """"ema" or "raw"."""
+    mesh: Mesh
+    """The devices it runs on."""
+
+    def network_fn(
+        self, xt: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B H W C"]:
+        """The raw network: eps, x0 or v, as config.diffusion.prediction says, for noisy images in the model's range."""
+        return self._apply(self.params, xt, t, labels)
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., Any]:
+        unet = make_unet(self.config.model, _image_shape(self.config)[-1])
+        return compile_for(self.mesh, lambda params, xt, t, labels: unet.apply({"params": params}, xt, t, labels))
+
+    def sample(
+        self,
+        num_images: int = 16,
+        seed: int = 0,
+        sampler: Sampler | None = None,
+        num_steps: int | None = None,
+        eta: float | None = None,
+        spacing: Spacing | None = None,
+        labels: int | Int[np.ndarray, " N"] | None = None,
+        batch_size: int | None = None,
+        num_frames: int = 0,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> UInt8[np.ndarray, "... N H W C"]:
+        """Draw images, uint8 [N, H, W, C]; image i depends on the weights, seed, i and the sampler's settings alone.
+
+        Args:
+            num_images: N >= 1.
+            seed: 0 ... 2^32 - 1.
+            sampler, num_steps, eta, spacing, batch_size: those of config.sample where not given; see `ddpm_jax.sample`.
+            labels: one class for all images or one for each; image i shows class i mod num_classes where not given.
+            num_frames: 0, or how many frames [F, N, H, W, C] to return of the way from noise to images, 2 or more.
+            on_batch: called with the number of images done after each batch.
+
+        Raises:
+            InputError: a setting out of range, or labels that the network doesn't know.
+        """
+        given = {"sampler": sampler, "num_steps": num_steps, "eta": eta, "spacing": spacing, "batch_size": batch_size}
+        settings = {name: value for name, value in given.items() if value is not None}
+        config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, **settings))
+        validate(config)
+        if num_images < 1:
+            raise InputError(f"num_images = {num_images}: must be 1 or more")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed = {seed}: must lie in 0 ... 2^32 - 1")
+        classes = self._check_labels(labels, num_images)
+        return draw_images(config, self.mesh, self.params, seed, num_images, classes, num_frames, on_batch)
+
+    def _check_labels(self, labels: Any, num_images: int) -> Int[np.ndarray, " N"] | None:
+        if labels is None:
+            return None
+        num_classes = self.config.model.num_classes
+        if num_classes is None:
+            raise InputError("labels were given, but the network was trained without classes")
+        classes = np.broadcast_to(np.asarray(labels, np.int32), (num_images,))
+        if classes.min() < 0 or classes.max() >= num_classes:
+            raise InputError(f"labels must lie in 0 ... {num_classes - 1}")
+        return classes
+
+
+def load(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Model:
+    """A trained model from a run folder (its newest checkpoint) or from a checkpoint's own folder.
+
+    Args:
+        path: runs/NAME or runs/NAME/checkpoints/STEP.
+        weights: "ema", the moving average, or "raw", the weights as the last step left them.
+
+    Raises:
+        InputError: no checkpoint there, or a damaged one.
+    """
+    mesh = make_mesh()
+    loaded = load_weights(path, weights, lambda config: abstract_params(config, mesh))
+    return Model(loaded.config, loaded.params, config_schedule(loaded.config), loaded.step, weights, mesh)
+
+
+def abstract_params(config: Config, mesh: Mesh) -> PyTree:
+    """Shapes and dtypes of a config's weights, replicated over a mesh."""
+    shape = _image_shape(config)
+    unet = make_unet(config.model, shape[-1])
+    return abstract_like(jax.eval_shape(lambda: init_params(unet, 0, shape)), replicated(mesh))
+
+
+def _image_shape(config: Config) -> tuple[int, int, int]:
+    if config.data.image_shape is None:
+        raise InputError("data.image_shape is not set: it is known once the data are loaded")
+    return config.data.image_shape
+

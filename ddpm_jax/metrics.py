@@ -1,0 +1,158 @@
+"""What people look at while a run goes on: progress, metrics.jsonl, TensorBoard, and the loss curve."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import matplotlib.figure
+import numpy as np
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+logger = logging.getLogger("ddpm_jax")
+console = Console(stderr=True)
+
+
+def log_to_terminal() -> None:
+    """Show what the package logs, above the progress bar if there is one; called by the command lines."""
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None) \
+        if console.is_terminal else logging.StreamHandler()  # fmt: skip
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl and to TensorBoard's event files in the run folder."""
+
+    def __init__(self, workdir: Path) -> None:
+        path = workdir / "metrics.jsonl"
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a")
+        if torn:  # the last line of a killed run
+            self._file.write("\n")
+        self._events = SummaryWriter(str(workdir), flush_secs=10)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add one record."""
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl by rising step; of several for one step (a resumed run) the newest; torn lines are skipped."""
+    records = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        try:
+            record = json.loads(line)
+            records[record["step"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return [records[step] for step in sorted(records)]
+
+
+def plot_loss(workdir: Path) -> None:
+    """Draw loss against step into loss.png, on a logarithmic scale."""
+    records = read_metrics(workdir)
+    if not records:
+        return
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.5)
+    axes.set(xlabel="step", ylabel="loss (mean squared error)", yscale="log", title="Training loss")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    figure.savefig(workdir / "loss.png", dpi=120)
+
+
+class TrainProgress:
+    """A progress bar on a terminal, otherwise a line for every record."""
+
+    def __init__(self, start: int, total: int, batch_size: int) -> None:
+        self._total = total
+        self._batch_size = batch_size
+        self._bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s  left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, completed=start, loss="-", speed="-")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, values: dict[str, float]) -> None:
+        """Show a record."""
+        rate = values.get("images_per_second")
+        loss, speed = f"{values['loss']:.4f}", "-" if rate is None else f"{rate:.0f}"
+        self._bar.update(self._task, loss=loss, speed=speed)
+        if not console.is_terminal:
+            seconds = None if rate is None else int((self._total - step) * self._batch_size / rate)
+            left = "-" if seconds is None else f"{seconds // 60}:{seconds % 60:02d}"
+            logger.info("step %d/%d  loss %s  %s images/s  left %s", step, self._total, loss, speed, left)
+
+
+class Meter:
+    """Means of the metrics, and images per second, since the last record."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._values: list[tuple[float, float, float]] = []
+        self._since: float | None = None
+        self._timed_steps = 0
+
+    def add(self, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """Take in one step. The first one only starts the clock: its time is mostly the compiler's."""
+        self._values.append((loss, grad_norm, learning_rate))
+        if self._since is None:
+            self._since = time.perf_counter()
+        else:
+            self._timed_steps += 1
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that went into something else than steps, such as a preview."""
+        if self._since is not None:
+            self._since += seconds
+
+    def record(self) -> dict[str, float]:
+        """The record of the steps since the last one."""
+        now = time.perf_counter()
+        loss, grad_norm, _ = np.mean(self._values, axis=0).tolist()
+        record = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self._values[-1][2]}
+        if self._timed_steps and self._since is not None:
+            record["images_per_second"] = self._timed_steps * self._batch_size / (now - self._since)
+        self._values, self._since, self._timed_steps = [], now, 0
+        return record
+
+
+@contextmanager
+def sample_progress(num_images: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar for sampling, as a function of the number of images done; nothing where there is no terminal."""
+    columns = (TextColumn("image {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=num_images)
+        yield lambda count: bar.update(task, completed=count)

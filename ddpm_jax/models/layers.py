@@ -1,0 +1,107 @@
+"""The pieces of Ho et al.'s UNet: residual block, attention, down- and upsampling, space-to-depth.
+
+Images are [B, H, W, C] in the compute dtype; parameters are float32; the statistics of GroupNorm and of the softmax
+are float32 whatever the compute dtype.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+GROUP_NORM_EPS = 1e-6
+
+
+def init_scale(scale: float = 1.0) -> Callable[..., Any]:
+    """Ho et al.'s initialiser: uniform variance scaling by fan_avg. Their "zero" layers have scale 1e-10."""
+    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
+
+
+ZERO = 1e-10
+
+
+def conv3x3(features: int, dtype: Any, scale: float = 1.0, name: str | None = None) -> nn.Conv:
+    """A 3x3 convolution that keeps the resolution."""
+    return nn.Conv(features, (3, 3), padding="SAME", kernel_init=init_scale(scale), dtype=dtype, name=name)
+
+
+def dense(features: int, dtype: Any, scale: float = 1.0, name: str | None = None) -> nn.Dense:
+    """A linear map over the last axis; on images this is a 1x1 convolution."""
+    return nn.Dense(features, kernel_init=init_scale(scale), dtype=dtype, name=name)
+
+
+def group_norm(channels: int, num_groups: int, dtype: Any, name: str | None = None) -> nn.GroupNorm:
+    """GroupNorm with num_groups groups, or with their greatest common divisor with channels where that doesn't fit."""
+    groups = math.gcd(num_groups, channels)
+    return nn.GroupNorm(num_groups=groups, epsilon=GROUP_NORM_EPS, dtype=dtype, name=name)
+
+
+class ResBlock(nn.Module):
+    """norm - silu - conv (+ time) - norm - silu - dropout - conv, added to its input."""
+
+    features: int
+    dropout: float
+    num_groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], deterministic: bool
+    ) -> Float[Array, "B H W F"]:
+        h = nn.silu(group_norm(x.shape[-1], self.num_groups, self.dtype, "norm1")(x))
+        h = conv3x3(self.features, self.dtype, name="conv1")(h)
+        h = h + dense(self.features, self.dtype, name="time")(nn.silu(temb))[:, None, None, :]
+        h = nn.silu(group_norm(self.features, self.num_groups, self.dtype, "norm2")(h))
+        h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+        h = conv3x3(self.features, self.dtype, scale=ZERO, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = dense(self.features, self.dtype, name="shortcut")(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the H W positions: softmax(q k^T / sqrt(C)) v, added to its input."""
+
+    num_groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        h = group_norm(channels, self.num_groups, self.dtype, "norm")(x).reshape(batch, height * width, channels)
+        q, k, v = (dense(channels, self.dtype, name=name)(h) for name in ("query", "key", "value"))
+        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(v.dtype)
+        h = jnp.einsum("bqk,bkc->bqc", weights, v)
+        h = dense(channels, self.dtype, scale=ZERO, name="out")(h)
+        return x + h.reshape(x.shape)
+
+
+def downsample(x: Float[Array, "B H W C"], dtype: Any, name: str) -> Float[Array, "B H2 W2 C"]:
+    """A 3x3 convolution of stride 2, padded on the right and at the bottom only, as TensorFlow's SAME does."""
+    padding = ((0, 1), (0, 1))
+    conv = nn.Conv(x.shape[-1], (3, 3), 2, padding, kernel_init=init_scale(), dtype=dtype, name=name)
+    return conv(x)
+
+
+def upsample(x: Float[Array, "B H W C"], dtype: Any, name: str) -> Float[Array, "B H2 W2 C"]:
+    """Every pixel twice in both directions, then a 3x3 convolution."""
+    return conv3x3(x.shape[-1], dtype, name=name)(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+def space_to_depth(x: Float[Array, "B H W C"], block: int) -> Float[Array, "B H2 W2 C2"]:
+    """Each block x block patch of pixels becomes one pixel of block^2 C channels."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // block, block, width // block, block, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // block, width // block, block * block * channels)
+
+
+def depth_to_space(x: Float[Array, "B H W C"], block: int) -> Float[Array, "B H2 W2 C2"]:
+    """The inverse of space_to_depth."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, block, block, channels // block**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * block, width * block, channels // block**2)

@@ -1,0 +1,143 @@
+"""The UNet of Ho et al. (2020), appendix B, as their code builds it."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ddpm_jax.config import ModelConfig
+from ddpm_jax.models.embedding import sinusoidal_embedding
+from ddpm_jax.models.layers import (
+    ZERO,
+    Attention,
+    ResBlock,
+    conv3x3,
+    dense,
+    depth_to_space,
+    downsample,
+    group_norm,
+    space_to_depth,
+    upsample,
+)
+
+
+class UNet(nn.Module):
+    """A network (xt [B, H, W, C], t [B]) -> output [B, H, W, out_channels] that predicts eps, x0 or v.
+
+    Level i works at 1/2^i of the resolution with channels * multipliers[i] channels: num_res_blocks residual blocks on
+    the way down, one more on the way up, joined by skip connections. Height and width must be multiples of
+    space_to_depth * 2^(levels - 1).
+    """
+
+    out_channels: int = 3
+    """Channels of the output."""
+    channels: int = 128
+    """Channels of the first level, 4 or more; the time embedding has 4 times as many."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level, as multiples of `channels`."""
+    num_res_blocks: int = 2
+    """Residual blocks of each level on the way down."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights of feature maps, in pixels, at which every block is followed by attention; the middle always has it."""
+    dropout: float = 0.1
+    """Dropout rate of the residual blocks, in training."""
+    num_groups: int = 32
+    """Groups of GroupNorm; their greatest common divisor with the channels where those are no multiple of it."""
+    num_classes: int | None = None
+    """Number of class labels; None for an unconditional network."""
+    space_to_depth: int = 1
+    """Edge of the patches that become single pixels in front of the network, and patches again behind it."""
+    remat: bool = False
+    """Whether the backward pass recomputes each block, which saves memory and costs time."""
+    dtype: Any = jnp.float32
+    """Compute dtype, float32 or bfloat16; parameters and the output stay float32."""
+
+    @nn.compact
+    def __call__(
+        self,
+        xt: Float[Array, "B H W C"],
+        t: Int[Array, " B"],
+        labels: Int[Array, " B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B H W O"]:
+        """The network's output, float32.
+
+        Args:
+            xt: noisy images.
+            t: timesteps.
+            labels: class indices 0 ... num_classes - 1, or None to leave the class open.
+            train: whether dropout is on; it needs rngs={"dropout": key}.
+
+        Raises:
+            ValueError: a resolution that the levels can't divide, or labels for a network without classes.
+        """
+        self.check_resolution(xt.shape[1], xt.shape[2])
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention = nn.remat(Attention) if self.remat else Attention
+        temb = self.embed(t, labels)
+
+        def block(h: Array, level: int, name: str) -> Array:
+            features = self.channels * self.multipliers[level]
+            h = res_block(features, self.dropout, self.num_groups, self.dtype, name=name)(h, temb, not train)
+            if h.shape[1] in self.attention_resolutions:
+                h = attention(self.num_groups, self.dtype, name=f"{name}_attention")(h)
+            return h
+
+        x = space_to_depth(xt.astype(self.dtype), self.space_to_depth)
+        h = conv3x3(self.channels, self.dtype, name="conv_in")(x)
+        skips = [h]
+        last = len(self.multipliers) - 1
+        for level in range(last + 1):
+            for index in range(self.num_res_blocks):
+                h = block(h, level, f"down{level}_block{index}")
+                skips.append(h)
+            if level < last:
+                h = downsample(h, self.dtype, f"down{level}_downsample")
+                skips.append(h)
+
+        features = self.channels * self.multipliers[-1]
+        h = res_block(features, self.dropout, self.num_groups, self.dtype, name="middle_block0")(h, temb, not train)
+        h = attention(self.num_groups, self.dtype, name="middle_attention")(h)
+        h = res_block(features, self.dropout, self.num_groups, self.dtype, name="middle_block1")(h, temb, not train)
+
+        for level in reversed(range(last + 1)):
+            for index in range(self.num_res_blocks + 1):
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up{level}_block{index}")
+            if level > 0:
+                h = upsample(h, self.dtype, f"up{level}_upsample")
+
+        h = nn.silu(group_norm(h.shape[-1], self.num_groups, self.dtype, "norm_out")(h))
+        h = conv3x3(self.out_channels * self.space_to_depth**2, self.dtype, scale=ZERO, name="conv_out")(h)
+        return depth_to_space(h, self.space_to_depth).astype(jnp.float32)
+
+    def embed(self, t: Int[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B E"]:
+        """The embedding of timestep and class, E = 4 channels: dense - silu - dense, plus one row for each class."""
+        width = 4 * self.channels
+        h = sinusoidal_embedding(t, self.channels).astype(self.dtype)
+        h = nn.silu(dense(width, self.dtype, name="time1")(h))
+        h = dense(width, self.dtype, name="time2")(h)
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels were given to a network without classes: set num_classes")
+            return h
+        # Created even where no labels are given, so that the parameters don't depend on the first call.
+        classes = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(1.0), name="classes")
+        classes = classes(jnp.zeros(t.shape, jnp.int32) if labels is None else labels).astype(self.dtype)
+        return h if labels is None else h + classes
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise ValueError unless every level's resolution is whole."""
+        divisor = self.space_to_depth * 2 ** (len(self.multipliers) - 1)
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"images of {height}x{width} pixels can't be halved {len(self.multipliers) - 1} times after "
+                f"space_to_depth = {self.space_to_depth}: use multiples of {divisor}, or fewer multipliers"
+            )
+
+
+def make_unet(config: ModelConfig, image_channels: int) -> UNet:
+    """The network that a config describes, for images with so many channels."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return UNet(out_channels=image_channels, **fields | {"dtype": jnp.dtype(config.dtype)})

@@ -1,0 +1,81 @@
+"""Devices: the mesh, how arrays lie on it, and how programs are compiled for it. The one place that knows of devices.
+
+Every program is a `jax.jit` over one mesh of all devices: batches are split along the axis "data", the state is whole
+on each device, and the compiler adds the sums across devices. The same program runs on one device and on many, and
+random numbers, drawn by position in the global batch, are the same on both.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from ddpm_jax.errors import InputError
+
+# XLA's CPU compiler gives some operations to a library that is several times slower than XLA's own code for the weight
+# gradients of convolutions. This keeps it to reductions: about 1.6 times faster training, the same numbers to 5e-6.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with the one axis "data" over the given devices, or all there are."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
+    """Raise InputError unless every device gets the same number of images in each part of the batch."""
+    share = mesh.size * accumulate_steps
+    if batch_size % share:
+        parts = f" x {accumulate_steps} accumulation steps" if accumulate_steps > 1 else ""
+        below, above = batch_size // share * share, -(-batch_size // share) * share
+        choice = f"{below} or {above}" if below else f"{above}"
+        raise InputError(f"train.batch_size = {batch_size} can't be divided among {mesh.size} devices{parts}: use {choice}")
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The smallest multiple of the number of devices that is not below batch_size."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
+def compile_for(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit(function, **options)` with the compiler options of the mesh's platform."""
+    return jax.jit(function, compiler_options=_compiler_options(mesh.devices.flat[0].platform), **options)
+
+
+def run_once(mesh: Mesh, function: Callable[[], Any]) -> Any:
+    """function() as one program, replicated over the mesh; on a CPU compiled quickly rather than to run quickly."""
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    return jax.jit(function, out_shardings=replicated(mesh), compiler_options=quick)()
+
+
+def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Host arrays as device arrays that lie as the sharding says."""
+    return jax.device_put(tree, sharding)
+
+
+@functools.cache
+def _compiler_options(platform: str) -> dict[str, str] | None:
+    """CPU_OPTIONS on a CPU whose jaxlib knows them, otherwise none."""
+    if platform != "cpu":
+        return None
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=CPU_OPTIONS).lower(jnp.zeros(())).compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return CPU_OPTIONS

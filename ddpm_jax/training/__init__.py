@@ -1,0 +1,1 @@
+"""Training: the state, the optimiser, the pure step, and the loop around it."""

@@ -1,0 +1,187 @@
+"""The training loop: data, steps, and what is written along the way, read from top to bottom."""
+
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import jax
+from jax.sharding import Mesh
+
+from ddpm_jax.checkpoint import Checkpointer, abstract_like, claim_run_folder, open_checkpoints, restore_newest, save
+from ddpm_jax.config import Config
+from ddpm_jax.data import ImageSet, batches, load_images
+from ddpm_jax.errors import InputError, NonFiniteLossError
+from ddpm_jax.images import save_grid
+from ddpm_jax.inference import draw_images
+from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
+from ddpm_jax.models import make_unet
+from ddpm_jax.parallel import check_batch_size, compile_for, make_mesh, replicated, run_once
+from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.state import TrainState, init_state, num_params
+from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.validation import config_schedule, validate
+
+logger = logging.getLogger("ddpm_jax")
+
+
+def train(config: Config, workdir: str | Path) -> TrainState:
+    """Train until train.num_steps, or go on from the newest checkpoint in workdir; return the last state.
+
+    SIGTERM and Ctrl-C save a checkpoint and end the call. Everything is written below workdir: config.json,
+    metrics.jsonl, events.*, checkpoints/, samples/ and loss.png.
+
+    Raises:
+        InputError: a config, data or run folder that can't be used.
+        NonFiniteLossError: the loss is NaN or infinite.
+    """
+    workdir = Path(workdir)
+    validate(config)
+    image_set = load_images(config.data)
+    config = fit_to_data(config, image_set)
+    mesh = make_mesh()
+    check_batch_size(config.train.batch_size, mesh, config.optim.accumulate_steps)
+    claim_run_folder(workdir, config)
+
+    unet = make_unet(config.model, image_set.image_shape[-1])
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    abstract = abstract_like(jax.eval_shape(lambda: init_state(config, unet, optimizer)), replicated(mesh))
+    state = restore_newest(workdir, abstract)
+    if state is None:
+        state = run_once(mesh, lambda: init_state(config, unet, optimizer))
+        start = 0
+    else:
+        start = int(state.step)
+        logger.info("resuming %s from step %d", workdir, start)
+    _introduce(config, image_set, state, mesh)
+
+    total = config.train.num_steps
+    train_step = make_train_step(config, config_schedule(config), unet, optimizer)
+    train_step = compile_for(mesh, train_step, donate_argnums=0)
+    recorder = _Recorder(config, workdir, start, mesh)
+    with _stop_signals() as stop, recorder, open_checkpoints(workdir, config) as checkpoints:
+        pending: tuple[int, Metrics] | None = None
+        for step, batch in enumerate(batches(config, image_set, mesh, start, total), start + 1):
+            state, metrics = train_step(state, batch)
+            if pending is not None:  # one step behind, so that the devices never wait for the host
+                recorder.take(*pending)
+            pending = step, metrics
+            last = step == total or stop.is_set()
+            if last or step % config.train.checkpoint_every_steps == 0:
+                recorder.take(*pending)
+                pending = None
+                save(checkpoints, state, step, config)
+            if step == total or recorder.preview_due(step):
+                recorder.preview(step, state)
+            if last:
+                break
+        else:
+            step = start
+        checkpoints.wait()
+    if step < total:
+        logger.info("stopped at step %d of %d and saved; the same command goes on from there", step, total)
+    else:
+        plot_loss(workdir)
+        logger.info("trained %d steps; next: python sample.py --ckpt %s", total, workdir)
+    return state
+
+
+def fit_to_data(config: Config, image_set: ImageSet) -> Config:
+    """The config with the image shape of the data, once network and data are known to fit each other."""
+    height, width, channels = image_set.image_shape
+    try:
+        make_unet(config.model, channels).check_resolution(height, width)
+    except ValueError as error:
+        raise InputError(f"model.multipliers = {config.model.multipliers}: {error}") from error
+    num_classes = config.model.num_classes
+    if num_classes is not None:
+        if image_set.labels is None:
+            raise InputError(f"model.num_classes = {num_classes}, but {config.data.source} holds no labels")
+        if image_set.labels.max() >= num_classes:
+            raise InputError(f"model.num_classes = {num_classes}, but {config.data.source} holds label {image_set.labels.max()}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_shape=image_set.image_shape))
+
+
+class _Recorder:
+    """What a run writes besides checkpoints: metrics, progress, previews."""
+
+    def __init__(self, config: Config, workdir: Path, start: int, mesh: Mesh) -> None:
+        self._config, self._workdir, self._mesh = config, workdir, mesh
+        self._writer = MetricsWriter(workdir)
+        self._progress = TrainProgress(start, config.train.num_steps, config.train.batch_size)
+        self._meter = Meter(config.train.batch_size)
+
+    def __enter__(self) -> None:
+        self._progress.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.__exit__(None, None, None)
+        self._writer.close()
+
+    def take(self, step: int, metrics: Metrics) -> None:
+        """Read a step's metrics, and write the record that is due. Raises NonFiniteLossError."""
+        loss, grad_norm, learning_rate = (float(value) for value in jax.device_get(metrics))
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(self._diverged(step, loss))
+        self._meter.add(loss, grad_norm, learning_rate)
+        self._progress.advance(step)
+        if step % self._config.train.log_every_steps == 0 or step == self._config.train.num_steps:
+            record = self._meter.record()
+            self._writer.write(step, record)
+            self._progress.report(step, record)
+
+    def preview_due(self, step: int) -> bool:
+        every = self._config.train.preview_every_steps
+        return every is not None and step % every == 0
+
+    def preview(self, step: int, state: TrainState) -> None:
+        """Write samples/STEP.png: images of the averaged weights from the same noise every time."""
+        if self._config.train.preview_every_steps is None:
+            return
+        began = time.perf_counter()
+        images = draw_images(self._config, self._mesh, state.ema, self._config.seed, self._config.train.preview_images)
+        save_grid(self._workdir / "samples" / f"{step:08d}.png", images)
+        self._meter.exclude(time.perf_counter() - began)
+
+    def _diverged(self, step: int, loss: float) -> str:
+        folder = self._workdir / "checkpoints"
+        steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+        good = f"the last good checkpoint is {folder / str(max(steps))}" if steps else "there is no checkpoint yet"
+        return f"the loss is {loss} at step {step}; {good}: try a lower optim.learning_rate or a longer optim.warmup_steps"
+
+
+def _introduce(config: Config, image_set: ImageSet, state: TrainState, mesh: Mesh) -> None:
+    count, (height, width, channels) = len(image_set.images), image_set.image_shape
+    logger.info(
+        "%s: %d images of %dx%dx%d; network of %d parameters; %d %s device%s",
+        config.data.source, count, height, width, channels, num_params(state.params), mesh.size,
+        mesh.devices.flat[0].platform, "s" if mesh.size > 1 else "",
+    )  # fmt: skip
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once. Outside the main thread, only the event."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.info("%s: stopping after this step", signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,65 @@
+"""Everything that training changes, in one visible structure."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from ddpm_jax.config import Config
+from ddpm_jax.models import UNet
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run; with the config and the data it determines everything that follows."""
+
+    step: Int[Array, ""]
+    """Updates made so far; also the position in the data and in the random numbers."""
+    params: PyTree
+    """Weights of the network, float32."""
+    ema: PyTree
+    """Moving average of the weights, float32."""
+    opt_state: PyTree
+    """State of the optimiser."""
+
+
+def init_params(unet: UNet, seed: int, image_shape: tuple[int, int, int]) -> PyTree:
+    """Freshly drawn weights for images of [H, W, C]; the same on any number of devices."""
+    xt, t = jnp.zeros((1, *image_shape), jnp.float32), jnp.zeros((1,), jnp.int32)
+    return unet.init(jax.random.key(seed), xt, t)["params"]
+
+
+def init_state(config: Config, unet: UNet, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the moving average starts as a copy of the weights."""
+    assert config.data.image_shape is not None
+    params = init_params(unet, config.seed, config.data.image_shape)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
+    """Decay of the average's update number n = step (from 0): min(decay, (1 + n) / (10 + n)) with warm-up."""
+    limit = jnp.float32(decay)
+    if not warmup:
+        return limit
+    n = step.astype(jnp.float32)
+    return jnp.minimum(limit, (1.0 + n) / (10.0 + n))
+
+
+def ema_update(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> PyTree:
+    """decay * ema + (1 - decay) * params."""
+    return jax.tree.map(lambda average, value: average + (1.0 - decay) * (value - average), ema, params)
+
+
+def num_params(params: PyTree) -> int:
+    """Number of scalar parameters; shapes are enough."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,80 @@
+"""Draw images from a trained model.
+
+    python sample.py --ckpt runs/fashion_mnist                         a grid, samples.png in the run folder
+    python sample.py --ckpt runs/cifar10 --num-images 64 --sampler ddim --num-steps 50 --seed 0 --out samples.gif
+
+What is written follows from the ending of --out: .png (a grid), .gif (the way from noise to images), .npz (an array
+"images", uint8 [N, H, W, C]), or, without an ending, a folder of PNG files.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ddpm_jax import cli
+from ddpm_jax.diffusion.samplers import Sampler
+from ddpm_jax.diffusion.schedule import Spacing
+from ddpm_jax.errors import InputError
+from ddpm_jax.images import check_output, save_output
+from ddpm_jax.inference import load
+from ddpm_jax.metrics import sample_progress
+
+GIF_FRAMES = 40
+
+logger = logging.getLogger("ddpm_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Options of sample.py; those left at None are the run's own."""
+
+    ckpt: Path | None = None
+    """Run folder, or one of its checkpoints/STEP folders. Required."""
+    out: Path | None = None
+    """File (.png, .gif, .npz) or folder to write; None: samples.png in the run folder."""
+    num_images: int = 64
+    """Images to draw."""
+    seed: int = 0
+    """Seed; image i is the same whatever the number of images."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the weights, or the weights themselves."""
+    sampler: Sampler | None = None
+    """Sampling algorithm."""
+    num_steps: int | None = None
+    """Network evaluations for each image."""
+    eta: float | None = None
+    """Noise of ddim, 0 to 1."""
+    spacing: Spacing | None = None
+    """Which timesteps are visited."""
+    label: int | None = None
+    """Class of all images; None: image i shows class i mod the number of classes."""
+    batch_size: int | None = None
+    """Images drawn at once."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line, draw and write."""
+    known = {field.name for field in dataclasses.fields(Arguments)}
+    args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
+    if args.ckpt is None:
+        raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
+    model = load(args.ckpt, args.weights)
+    out = args.out or args.ckpt / "samples.png"
+    kind = check_output(out)
+    settings = {name: getattr(args, name) for name in ("sampler", "num_steps", "eta", "spacing", "batch_size")}
+    frames = GIF_FRAMES if kind == ".gif" else 0
+    with sample_progress(args.num_images) as on_batch:
+        images = model.sample(args.num_images, args.seed, labels=args.label, num_frames=frames, on_batch=on_batch, **settings)
+    save_output(out, kind, images)
+    used = model.config.sample
+    steps = args.num_steps or used.num_steps or model.schedule.num_steps
+    logger.info(
+        "%s: %d images by %s, %d steps, seed %d, from the %s weights of step %d",
+        out, args.num_images, args.sampler or used.sampler, steps, args.seed, model.weights, model.step,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
