@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -94,9 +94,8 @@ class TrainProgress:
         )
         self._task = self._bar.add_task("", total=total, completed=start, loss="-", speed="-")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         self._bar.start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()

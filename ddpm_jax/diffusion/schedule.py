@@ -10,11 +10,9 @@ All of it follows from log alpha_bar alone: 1 - exp(log ab) = -expm1(log ab) los
 close to 1, so the same few lines serve float64 (a new schedule) and float32 (a sub-sequence of one, inside jit).
 """
 
-import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
@@ -26,9 +24,7 @@ MAX_BETA = 0.999  # Nichol & Dhariwal (2021), section 3.2: keeps the last steps 
 LOG_TINY = math.log(1e-20)  # Ho et al.'s floor for the log of a variance that is exactly zero.
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """Coefficients of q and of its posterior, one float32 array of shape [T] each, indexed by t."""
 
     beta: Float[Array, " T"]

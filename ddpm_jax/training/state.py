@@ -1,7 +1,6 @@
 """Everything that training changes, in one visible structure."""
 
-import dataclasses
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.models import UNet
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """The state of a run; with the config and the data it determines everything that follows."""
 
     step: Int[Array, ""]
