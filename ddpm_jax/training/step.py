@@ -43,7 +43,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step, config.optim.ema_decay, config.optim.ema_warmup)
         ema = ema_update(state.ema, params, decay)
-        metrics = Metrics(loss, optax.global_norm(grads), jnp.asarray(learning_rate(state.step), jnp.float32))
+        metrics = Metrics(loss, optax.tree.norm(grads), jnp.asarray(learning_rate(state.step), jnp.float32))
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return train_step
