@@ -1,6 +1,15 @@
 """Denoising diffusion probabilistic models in JAX: train, sample from, and evaluate them."""
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, load_config
+from ddpm_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+    load_config,
+)
 from ddpm_jax.diffusion.process import (
     Denoised,
     make_denoiser,

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jaxtyping import PyTree
@@ -24,7 +24,7 @@ from ddpm_jax.training.state import TrainState
 
 logger = logging.getLogger("ddpm_jax")
 
-Checkpointer = ocp.training.Checkpointer
+Checkpointer: TypeAlias = ocp.training.Checkpointer
 
 
 def claim_run_folder(workdir: Path, config: Config) -> None:

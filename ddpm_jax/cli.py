@@ -70,9 +70,11 @@ def option(argv: Sequence[str], name: str) -> str | None:
 
 def _one_line(text: str) -> str:
     """The message inside the frame that tyro draws around an error."""
-    lines = [re.sub(r"[│┃╭╮╰╯─━╌]+|\x1b\[[0-9;]*m", " ", line).strip() for line in text.splitlines()]
-    message = " ".join(line for line in lines if line and line != "Parsing error")
-    return re.sub(r"\s+", " ", message.partition("For full helptext")[0]).strip()
+    lines = (line for line in text.splitlines() if "╭" not in line)
+    message = " ".join(re.sub(r"[│╰╯─]+|\x1b\[[0-9;]*m", " ", line) for line in lines)
+    for rest in ("Argument helptext:", "For full helptext", "Similar options:"):
+        message = message.partition(rest)[0]
+    return " ".join(message.split())
 
 
 def _report(error: Any, status: int) -> int:

@@ -232,7 +232,8 @@ def differences(old: Config, new: Config) -> list[str]:
     harmless = set(HARMLESS)
     if new.optim.decay == "cosine":
         harmless.remove("train.num_steps")  # the learning rate of every step depends on it
-    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name] and name not in harmless]
+    changed = [name for name in before if before[name] != after[name] and name not in harmless]
+    return [f"{name}: {before[name]} -> {after[name]}" for name in changed]
 
 
 def unknown_name(name: str, known: Any) -> str:

@@ -17,15 +17,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from ddpm_jax.checkpoint import abstract_like, load_weights
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, override
 from ddpm_jax.diffusion.process import make_denoiser
 from ddpm_jax.diffusion.samplers import Sampler, sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
-from ddpm_jax.models import make_unet
+from ddpm_jax.models import bind, make_unet
 from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, round_up
 from ddpm_jax.training.state import init_params
-from ddpm_jax.validation import config_schedule, validate
+from ddpm_jax.validation import config_schedule
 
 DrawFn = Callable[[PyTree, Key[Array, " B"], Int[Array, " B"] | None], UInt8[Array, "... H W C"]]
 
@@ -48,9 +48,7 @@ def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
     unet, schedule, settings = make_unet(config.model, shape[-1]), config_schedule(config), config.sample
 
     def draw(params: PyTree, keys: Key[Array, " B"], labels: Int[Array, " B"] | None) -> UInt8[Array, "... H W C"]:
-        denoiser = make_denoiser(
-            schedule, lambda xt, t: unet.apply({"params": params}, xt, t, labels), config.diffusion.prediction
-        )
+        denoiser = make_denoiser(schedule, bind(unet, params, labels), config.diffusion.prediction)
         images = sample(
             keys, schedule, denoiser, (keys.shape[0], *shape), settings.sampler, settings.num_steps, settings.eta,
             settings.spacing, trajectory=num_frames, variance=config.diffusion.variance,
@@ -83,8 +81,8 @@ def draw_images(
         indices = np.arange(start, start + size, dtype=np.uint32)
         classes = None
         if num_classes is not None:
-            classes = indices % num_classes if labels is None else labels[np.minimum(indices, num_images - 1)]
-            classes = put(classes.astype(np.int32), batch_sharding(mesh))
+            named = indices % num_classes if labels is None else labels[np.minimum(indices, num_images - 1)]
+            classes = put(named.astype(np.int32), batch_sharding(mesh))
         keys = _image_keys(put(np.uint32(seed), replicated(mesh)), put(indices, batch_sharding(mesh)))
         pieces.append(np.asarray(jax.device_get(draw(params, keys, classes))))
         on_batch(min(start + size, num_images))
@@ -123,7 +121,7 @@ class Model:
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
         unet = make_unet(self.config.model, _image_shape(self.config)[-1])
-        return compile_for(self.mesh, lambda params, xt, t, labels: unet.apply({"params": params}, xt, t, labels))
+        return compile_for(self.mesh, lambda params, xt, t, labels: bind(unet, params, labels)(xt, t))
 
     def sample(
         self,
@@ -143,7 +141,11 @@ class Model:
         Args:
             num_images: N >= 1.
             seed: 0 ... 2^32 - 1.
-            sampler, num_steps, eta, spacing, batch_size: those of config.sample where not given; see `ddpm_jax.sample`.
+            sampler: algorithm; this and the next four are those of config.sample where not given, see `ddpm_jax.sample`.
+            num_steps: network evaluations for each image.
+            eta: noise of ddim.
+            spacing: which timesteps are visited.
+            batch_size: images drawn at once; has no influence on them.
             labels: one class for all images or one for each; image i shows class i mod num_classes where not given.
             num_frames: 0, or how many frames [F, N, H, W, C] to return of the way from noise to images, 2 or more.
             on_batch: called with the number of images done after each batch.
@@ -152,9 +154,7 @@ class Model:
             InputError: a setting out of range, or labels that the network doesn't know.
         """
         given = {"sampler": sampler, "num_steps": num_steps, "eta": eta, "spacing": spacing, "batch_size": batch_size}
-        settings = {name: value for name, value in given.items() if value is not None}
-        config = dataclasses.replace(self.config, sample=dataclasses.replace(self.config.sample, **settings))
-        validate(config)
+        config = override(self.config, {f"sample.{name}": value for name, value in given.items() if value is not None})
         if num_images < 1:
             raise InputError(f"num_images = {num_images}: must be 1 or more")
         if not 0 <= seed < 2**32:
@@ -200,4 +200,3 @@ def _image_shape(config: Config) -> tuple[int, int, int]:
     if config.data.image_shape is None:
         raise InputError("data.image_shape is not set: it is known once the data are loaded")
     return config.data.image_shape
-

@@ -54,7 +54,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl by rising step; of several for one step (a resumed run) the newest; torn lines are skipped."""
+    """The records of metrics.jsonl by rising step, the newest of each (runs resume); torn lines are skipped."""
     records = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         try:
@@ -151,7 +151,11 @@ class Meter:
 @contextmanager
 def sample_progress(num_images: int) -> Iterator[Callable[[int], None]]:
     """A progress bar for sampling, as a function of the number of images done; nothing where there is no terminal."""
-    columns = (TextColumn("image {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    columns = (
+        TextColumn("image {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=num_images)
         yield lambda count: bar.update(task, completed=count)

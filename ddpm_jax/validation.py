@@ -54,7 +54,7 @@ def validate(config: "Config") -> None:
         _require(0 <= value < 1, name, value, "must lie in [0, 1)")
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
-    _require(bool(m.multipliers) and min(m.multipliers) > 0, "model.multipliers", m.multipliers, "must be 1 or more numbers above 0")
+    _require(bool(m.multipliers) and min(m.multipliers) > 0, "model.multipliers", m.multipliers, "must be numbers above 0")
     _require(t.batch_size % o.accumulate_steps == 0, "train.batch_size", t.batch_size,
              f"must be a multiple of optim.accumulate_steps = {o.accumulate_steps}")  # fmt: skip
     _require(config.seed < 2**32, "seed", config.seed, "must be below 2^32")

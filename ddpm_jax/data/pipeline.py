@@ -22,8 +22,8 @@ from ddpm_jax.parallel import batch_sharding, compile_for, put, replicated
 class Batch(NamedTuple):
     """Images as uint8 [0, 255] or float32 [-1, 1], and their classes if the network wants them."""
 
-    images: Shaped[Array, "B H W C"]
-    labels: Int[Array, " B"] | None = None
+    images: Shaped[Array | np.ndarray, "B H W C"]
+    labels: Int[Array | np.ndarray, " B"] | None = None
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:

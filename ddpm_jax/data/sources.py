@@ -41,10 +41,8 @@ def load_images(config: DataConfig) -> ImageSet:
     Raises:
         InputError: no such set or file, or arrays of a wrong dtype, shape or range.
     """
-    if config.source in PACKAGED:
-        image_set = load_packaged(config.source)
-    else:
-        image_set = load_arrays(Path(config.source))
+    packaged = config.source in PACKAGED
+    image_set = load_packaged(config.source) if packaged else load_arrays(Path(config.source))
     if config.image_shape is not None and image_set.image_shape != config.image_shape:
         raise InputError(f"{config.source}: images are {image_set.image_shape}, but data.image_shape = {config.image_shape}")
     return image_set
@@ -67,7 +65,7 @@ def load_arrays(path: Path) -> ImageSet:
     """
     if not path.is_file():
         names = ", ".join(PACKAGED)
-        raise InputError(f"data.source = {str(path)!r} is neither a packaged set ({names}) nor a file: give the path of an .npy or .npz file")
+        raise InputError(f"data.source = {str(path)!r} is neither a packaged set ({names}) nor an .npy or .npz file")
     arrays = _read(path)
     if "images" not in arrays:
         raise InputError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, but no array called 'images'")
@@ -112,9 +110,8 @@ def _check_images(path: Path, images: np.ndarray) -> None:
     if low < -1 or high > 1:
         raise InputError(f"{path}: float images must lie in [-1, 1], not [{low:g}, {high:g}]: rescale them, or save uint8")
     if low >= 0:
-        raise InputError(f"{path}: float images must fill [-1, 1], but these lie in [{low:g}, {high:g}]: if 0 is black, save 2 x - 1")
+        raise InputError(f"{path}: float images must fill [-1, 1], not [{low:g}, {high:g}]: if 0 is black, save 2 x - 1")
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-

@@ -119,9 +119,7 @@ def predict_v(
     return output
 
 
-def make_denoiser(
-    schedule: Schedule, network_fn: NetworkFn, prediction: Prediction = "eps", clip: bool = True
-) -> Denoiser:
+def make_denoiser(schedule: Schedule, network_fn: NetworkFn, prediction: Prediction = "eps", clip: bool = True) -> Denoiser:
     """A denoiser (xt, t) -> Denoised from a network (xt, t) -> output.
 
     Args:

@@ -17,16 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddpm_jax.diffusion.process import (
-    AnyKey,
-    Denoised,
-    Denoiser,
-    Variance,
-    as_keys,
-    at,
-    normal,
-    p_sample,
-)
+from ddpm_jax.diffusion.process import AnyKey, Denoised, Denoiser, Variance, as_keys, at, normal, p_sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing, respace, spaced_timesteps
 
 Sampler = Literal["ddpm", "ddim"]
@@ -131,7 +122,9 @@ def _reverse(
     kept = np.round(np.linspace(0, num_steps, max(num_frames, 2)))
     slots = jnp.asarray(np.searchsorted(kept, np.arange(1, num_steps + 1)), jnp.int32)
 
-    def body(carry, position):
+    Carry = tuple[Float[Array, "*shape"], Float[Array, "F *shape"]]  # x and the frames so far
+
+    def body(carry: Carry, position: tuple[Int[Array, ""], Int[Array, ""]]) -> tuple[Carry, None]:
         x, frames = carry
         index, slot = position
         t = jnp.full(shape[:1], index, jnp.int32)

@@ -49,9 +49,8 @@ class ResBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], deterministic: bool
-    ) -> Float[Array, "B H W F"]:
+    def __call__(self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], deterministic: bool) -> Float[Array, "B H W F"]:
+        """The block's output, for time embedding temb; dropout is off where deterministic."""
         h = nn.silu(group_norm(x.shape[-1], self.num_groups, self.dtype, "norm1")(x))
         h = conv3x3(self.features, self.dtype, name="conv1")(h)
         h = h + dense(self.features, self.dtype, name="time")(nn.silu(temb))[:, None, None, :]
@@ -71,6 +70,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """The layer's output."""
         batch, height, width, channels = x.shape
         h = group_norm(channels, self.num_groups, self.dtype, "norm")(x).reshape(batch, height * width, channels)
         q, k, v = (dense(channels, self.dtype, name=name)(h) for name in ("query", "key", "value"))

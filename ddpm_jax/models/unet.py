@@ -1,11 +1,12 @@
 """The UNet of Ho et al. (2020), appendix B, as their code builds it."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.models.embedding import sinusoidal_embedding
@@ -123,9 +124,9 @@ class UNet(nn.Module):
                 raise ValueError("labels were given to a network without classes: set num_classes")
             return h
         # Created even where no labels are given, so that the parameters don't depend on the first call.
-        classes = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(1.0), name="classes")
-        classes = classes(jnp.zeros(t.shape, jnp.int32) if labels is None else labels).astype(self.dtype)
-        return h if labels is None else h + classes
+        table = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(1.0), name="classes")
+        rows = table(jnp.zeros(t.shape, jnp.int32) if labels is None else labels).astype(self.dtype)
+        return h if labels is None else h + rows
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise ValueError unless every level's resolution is whole."""
@@ -141,3 +142,19 @@ def make_unet(config: ModelConfig, image_channels: int) -> UNet:
     """The network that a config describes, for images with so many channels."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return UNet(out_channels=image_channels, **fields | {"dtype": jnp.dtype(config.dtype)})
+
+
+def bind(
+    unet: UNet,
+    params: PyTree,
+    labels: Int[Array, " B"] | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W O"]]:
+    """The network with its weights and labels as a function (xt, t) -> output; with a dropout key, in training mode."""
+
+    def network_fn(xt: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Float[Array, "B H W O"]:
+        if dropout_key is None:
+            return cast(Array, unet.apply({"params": params}, xt, t, labels))
+        return cast(Array, unet.apply({"params": params}, xt, t, labels, train=True, rngs={"dropout": dropout_key}))
+
+    return network_fn

@@ -14,7 +14,7 @@ from types import FrameType
 import jax
 from jax.sharding import Mesh
 
-from ddpm_jax.checkpoint import Checkpointer, abstract_like, claim_run_folder, open_checkpoints, restore_newest, save
+from ddpm_jax.checkpoint import abstract_like, claim_run_folder, open_checkpoints, restore_newest, save
 from ddpm_jax.config import Config
 from ddpm_jax.data import ImageSet, batches, load_images
 from ddpm_jax.errors import InputError, NonFiniteLossError
@@ -103,8 +103,9 @@ def fit_to_data(config: Config, image_set: ImageSet) -> Config:
     if num_classes is not None:
         if image_set.labels is None:
             raise InputError(f"model.num_classes = {num_classes}, but {config.data.source} holds no labels")
-        if image_set.labels.max() >= num_classes:
-            raise InputError(f"model.num_classes = {num_classes}, but {config.data.source} holds label {image_set.labels.max()}")
+        highest = image_set.labels.max()
+        if highest >= num_classes:
+            raise InputError(f"model.num_classes = {num_classes}, but {config.data.source} holds label {highest}")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, image_shape=image_set.image_shape))
 
 

@@ -6,14 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import Batch
 from ddpm_jax.diffusion.losses import draw_timesteps, simple_loss
-from ddpm_jax.diffusion.process import NetworkFn
 from ddpm_jax.diffusion.schedule import Schedule
-from ddpm_jax.models import UNet
+from ddpm_jax.models import UNet, bind
 from ddpm_jax.training.optimizer import make_learning_rate
 from ddpm_jax.training.state import TrainState, ema_decay, ema_update
 
@@ -29,9 +28,7 @@ class Metrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(
-    config: Config, schedule: Schedule, unet: UNet, optimizer: optax.GradientTransformation
-) -> TrainStep:
+def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: optax.GradientTransformation) -> TrainStep:
     """The pure function (state, batch) -> (state, metrics); its randomness is fold_in(seed, state.step)."""
     learning_rate = make_learning_rate(config.optim, config.train.num_steps)
     loss_and_grad = make_loss_and_grad(config, schedule, unet)
@@ -56,12 +53,12 @@ def make_loss_and_grad(
     parts = config.optim.accumulate_steps
 
     def loss_fn(params: PyTree, key: Key[Array, ""], images: Array, labels: Array | None, t: Array, eps: Array) -> Array:
-        network_fn = dropout_network(unet, params, key, labels)
+        network_fn = bind(unet, params, labels, dropout_key=key)
         return jnp.mean(simple_loss(schedule, network_fn, images, t, eps, config.diffusion.prediction))
 
     def loss_and_grad(key: Key[Array, ""], params: PyTree, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
         flip_key, t_key, eps_key, dropout_key = jax.random.split(key, 4)
-        x0 = to_float(batch.images)
+        x0 = to_float(jnp.asarray(batch.images))
         if config.data.flip:
             x0 = random_flip(flip_key, x0)
         t = draw_timesteps(t_key, x0.shape[0], schedule.num_steps, config.diffusion.timesteps)
@@ -81,15 +78,6 @@ def make_loss_and_grad(
         return jax.tree.map(lambda x: x / parts, total)
 
     return loss_and_grad
-
-
-def dropout_network(unet: UNet, params: PyTree, key: Key[Array, ""], labels: Int[Array, " B"] | None) -> NetworkFn:
-    """The network in training mode as a function (xt, t) -> output."""
-
-    def network_fn(xt: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Float[Array, "B H W C"]:
-        return unet.apply({"params": params}, xt, t, labels, train=True, rngs={"dropout": key})
-
-    return network_fn
 
 
 def to_float(images: Shaped[Array, "B H W C"]) -> Float[Array, "B H W C"]:
