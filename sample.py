@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> None:
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
     model = load(args.ckpt, args.weights)
-    out = args.out or args.ckpt / "samples.png"
+    folder = args.ckpt.parents[1] if args.ckpt.name.isdigit() else args.ckpt
+    out = args.out or folder / "samples.png"
     kind = check_output(out)
     settings = {name: getattr(args, name) for name in ("sampler", "num_steps", "eta", "spacing", "batch_size")}
     frames = GIF_FRAMES if kind == ".gif" else 0

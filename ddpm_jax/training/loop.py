@@ -39,7 +39,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
 
     Raises:
         InputError: a config, data or run folder that can't be used.
-        NonFiniteLossError: the loss is NaN or infinite.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite.
     """
     workdir = Path(workdir)
     validate(config)
@@ -77,7 +77,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 recorder.take(*pending)
                 pending = None
                 save(checkpoints, state, step, config)
-            if step == total or recorder.preview_due(step):
+            if recorder.preview_due(step):
                 recorder.preview(step, state)
             if last:
                 break
@@ -128,8 +128,8 @@ class _Recorder:
     def take(self, step: int, metrics: Metrics) -> None:
         """Read a step's metrics, and write the record that is due. Raises NonFiniteLossError."""
         loss, grad_norm, learning_rate = (float(value) for value in jax.device_get(metrics))
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(self._diverged(step, loss))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteLossError(self._diverged(step, loss, grad_norm))
         self._meter.add(loss, grad_norm, learning_rate)
         self._progress.advance(step)
         if step % self._config.train.log_every_steps == 0 or step == self._config.train.num_steps:
@@ -138,23 +138,23 @@ class _Recorder:
             self._progress.report(step, record)
 
     def preview_due(self, step: int) -> bool:
-        every = self._config.train.preview_every_steps
-        return every is not None and step % every == 0
+        """Whether this step is one that previews are made at; the last one is."""
+        every, total = self._config.train.preview_every_steps, self._config.train.num_steps
+        return every is not None and (step % every == 0 or step == total)
 
     def preview(self, step: int, state: TrainState) -> None:
         """Write samples/STEP.png: images of the averaged weights from the same noise every time."""
-        if self._config.train.preview_every_steps is None:
-            return
         began = time.perf_counter()
         images = draw_images(self._config, self._mesh, state.ema, self._config.seed, self._config.train.preview_images)
         save_grid(self._workdir / "samples" / f"{step:08d}.png", images)
         self._meter.exclude(time.perf_counter() - began)
 
-    def _diverged(self, step: int, loss: float) -> str:
+    def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
         folder = self._workdir / "checkpoints"
         steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
         good = f"the last good checkpoint is {folder / str(max(steps))}" if steps else "there is no checkpoint yet"
-        return f"the loss is {loss} at step {step}; {good}: try a lower optim.learning_rate or a longer optim.warmup_steps"
+        what = f"the loss is {loss}, the gradient's norm {grad_norm},"
+        return f"{what} at step {step}; {good}: try a lower optim.learning_rate or a longer optim.warmup_steps"
 
 
 def _introduce(config: Config, image_set: ImageSet, state: TrainState, mesh: Mesh) -> None:
