@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -22,8 +23,11 @@ console = Console(stderr=True)
 
 def log_to_terminal() -> None:
     """Show what the package logs, above the progress bar if there is one; called by the command lines."""
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None) \
-        if console.is_terminal else logging.StreamHandler()  # fmt: skip
+    handler: logging.Handler = logging.StreamHandler()
+    if console.is_terminal:
+        handler = RichHandler(
+            console=console, show_time=False, show_level=False, show_path=False, highlighter=NullHighlighter()
+        )
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

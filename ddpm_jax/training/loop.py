@@ -160,7 +160,7 @@ class _Recorder:
 def _introduce(config: Config, image_set: ImageSet, state: TrainState, mesh: Mesh) -> None:
     count, (height, width, channels) = len(image_set.images), image_set.image_shape
     logger.info(
-        "%s: %d images of %dx%dx%d; network of %d parameters; %d %s device%s",
+        "%s: %d images of %dx%dx%d; network of %d parameters; %d %s device%s; the first step compiles",
         config.data.source, count, height, width, channels, num_params(state.params), mesh.size,
         mesh.devices.flat[0].platform, "s" if mesh.size > 1 else "",
     )  # fmt: skip
