@@ -61,16 +61,17 @@ def main(argv: Sequence[str]) -> None:
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
     model = load(args.ckpt, args.weights)
-    folder = args.ckpt.parents[1] if args.ckpt.name.isdigit() else args.ckpt
-    out = args.out or folder / "samples.png"
-    kind = check_output(out)
+    step_folder = args.ckpt.absolute()
+    run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
+    out = args.out or run_folder / "samples.png"
+    kind = check_output(out, model.image_shape[-1])
     settings = {name: getattr(args, name) for name in ("sampler", "num_steps", "eta", "spacing", "batch_size")}
     frames = GIF_FRAMES if kind == ".gif" else 0
     with sample_progress(args.num_images) as on_batch:
         images = model.sample(args.num_images, args.seed, labels=args.label, num_frames=frames, on_batch=on_batch, **settings)
     save_output(out, kind, images)
     used = model.config.sample
-    steps = args.num_steps or used.num_steps or model.schedule.num_steps
+    steps = next(n for n in (args.num_steps, used.num_steps, model.schedule.num_steps) if n is not None)
     logger.info(
         "%s: %d images by %s, %d steps, seed %d, from the %s weights of step %d",
         out, args.num_images, args.sampler or used.sampler, steps, args.seed, model.weights, model.step,

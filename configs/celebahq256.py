@@ -3,7 +3,9 @@
     python train.py --config configs/celebahq256.py --workdir runs/celebahq256 --data.source celebahq256.npy
 
 Data: an .npy file with the 30,000 images, uint8 [30000, 256, 256, 3]; it is memory-mapped.
-Hardware in the paper: 8 cores of a TPU v3, 500,000 steps. Published result: samples (figure 3); no FID is given.
+Hardware in the paper: 8 cores of a TPU v3, 500,000 steps.
+Published result: samples (figure 3); no FID is given.
+Differs from the paper: the moving average of the weights has a warm-up (docs/design.md).
 """
 
 from ddpm_jax import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig

@@ -5,6 +5,7 @@
 Data: an .npz file with the 50,000 training images as "images", uint8 [50000, 32, 32, 3].
 Hardware in the paper: 8 cores of a TPU v3, 800,000 steps.
 Published result: FID 3.17, Inception score 9.46 (50,000 samples of 1000 ddpm steps, EMA weights).
+Differs from the paper: the moving average of the weights has a warm-up (docs/design.md).
 """
 
 from ddpm_jax import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig

@@ -8,9 +8,10 @@ One that was damaged later is put aside as STEP.damaged, and the one before it i
 """
 
 import dataclasses
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,17 +28,20 @@ logger = logging.getLogger("ddpm_jax")
 Checkpointer: TypeAlias = ocp.training.Checkpointer
 
 
-def claim_run_folder(workdir: Path, config: Config) -> None:
-    """Create the run folder and its config.json, or check that the folder belongs to the same config.
-
-    Raises:
-        InputError: the folder can't be written, or belongs to a run whose config differs in a field that matters.
-    """
+def check_run_folder(workdir: Path, config: Config) -> None:
+    """Raise InputError where the folder holds checkpoints of a run whose config differs in a field that matters."""
+    newest = next(_newest_first(workdir / "checkpoints"), None)
+    if newest is None:
+        return
     path = workdir / "config.json"
-    if path.exists():
-        changed = differences(read_config(path), config)
-        if changed:
-            raise InputError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir")
+    changed = differences(read_config(path) if path.exists() else _stored_config(newest), config)
+    if changed:
+        raise InputError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir")
+
+
+def write_config(workdir: Path, config: Config) -> None:
+    """Create the run folder and its config.json. Raises InputError where the folder can't be written."""
+    path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -75,22 +79,38 @@ def save(checkpoints: Checkpointer, state: TrainState, step: int, config: Config
 
 
 def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | None:
-    """The newest checkpoint of a run folder that can be read, or None if there is none.
+    """The newest checkpoint of a run folder that can be read, or None if it holds none.
+
+    Newer ones that can't be read are put aside once an older one has been.
 
     Args:
         workdir: the run folder.
         abstract_state: shapes, dtypes and shardings of the state to be.
+
+    Raises:
+        InputError: there are checkpoints, but none can be read.
     """
     items = {"params": abstract_state.params, "ema": abstract_state.ema, "training": _training(abstract_state)}
+    damaged: dict[Path, str] = {}
     for path in _newest_first(workdir / "checkpoints"):
         try:
             loaded = ocp.load_checkpointables(path, items)
-            return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
         except Exception as error:  # whatever Orbax or its storage raise: the checkpoint can't be used
-            aside = path.with_name(f"{path.name}.damaged")
-            path.rename(aside)
-            logger.warning("checkpoint %s can't be read (%s): put aside as %s", path, _first_line(error), aside.name)
+            damaged[path] = _first_line(error)
+            continue
+        for bad, reason in damaged.items():
+            logger.warning("checkpoint %s can't be read (%s): put aside as %s", bad, reason, _put_aside(bad).name)
+        return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
+    if damaged:
+        path, reason = next(iter(damaged.items()))
+        raise InputError(f"none of the {len(damaged)} checkpoints of {workdir} can be read; {path.name}: {reason}")
     return None
+
+
+def newest_step(workdir: Path) -> int | None:
+    """The step of a run folder's newest checkpoint, readable or not."""
+    newest = next(_newest_first(workdir / "checkpoints"), None)
+    return None if newest is None else int(newest.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +125,7 @@ class Weights:
     """Updates made before they were saved."""
 
 
-def load_weights(path: str | Path, weights: str, make_abstract: Any) -> Weights:
+def load_weights(path: str | Path, weights: str, make_abstract: Callable[[Config], PyTree]) -> Weights:
     """The weights of a run folder (its newest readable checkpoint) or of one checkpoint folder.
 
     Args:
@@ -134,14 +154,8 @@ def load_weights(path: str | Path, weights: str, make_abstract: Any) -> Weights:
     return _load_one(candidates[-1], weights, make_abstract)
 
 
-def _load_one(path: Path, weights: str, make_abstract: Any) -> Weights:
-    try:
-        stored = ocp.metadata(path).custom_metadata or {}
-    except Exception as error:  # see restore_newest
-        raise InputError(f"checkpoint {path} can't be read: {_first_line(error)}") from error
-    if "config" not in stored:
-        raise InputError(f"checkpoint {path} holds no config: it was not written by ddpm_jax")
-    config = from_json(stored["config"])
+def _load_one(path: Path, weights: str, make_abstract: Callable[[Config], PyTree]) -> Weights:
+    config = _stored_config(path)
     name = "ema" if weights == "ema" else "params"
     abstract = make_abstract(config)
     try:
@@ -149,6 +163,23 @@ def _load_one(path: Path, weights: str, make_abstract: Any) -> Weights:
     except Exception as error:  # see restore_newest
         raise InputError(f"checkpoint {path} can't be read as the network of its config: {_first_line(error)}") from error
     return Weights(config, params, int(path.name))
+
+
+def _stored_config(path: Path) -> Config:
+    try:
+        stored = ocp.metadata(path).custom_metadata or {}
+    except Exception as error:  # see restore_newest
+        raise InputError(f"checkpoint {path} can't be read: {_first_line(error)}") from error
+    if "config" not in stored:
+        raise InputError(f"checkpoint {path} holds no config: it was not written by ddpm_jax")
+    return from_json(stored["config"])
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename a checkpoint to STEP.damaged, or STEP.damaged2 and so on where that is taken."""
+    names = (f"{path.name}.damaged{number if number > 1 else ''}" for number in itertools.count(1))
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    return path.rename(aside)
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import jax
 import tyro
 
 from ddpm_jax.config import unknown_name
@@ -30,6 +31,12 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.exit(_report(error, 2))
     except NonFiniteLossError as error:
         sys.exit(_report(error, 1))
+    except OSError as error:  # a full disk, a folder without permission
+        sys.exit(_report(error, 2))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(_report(f"out of device memory: use a smaller batch ({str(error).partition(chr(10))[0]})", 2))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
@@ -46,7 +53,7 @@ def parse(arguments: type[T], argv: Sequence[str], default: T, known: Collection
         if re.match(r"--[A-Za-z]", token):
             name = token[2:].partition("=")[0].replace("_", "-")
             if name not in names and re.sub(r"(^|\.)no-", r"\1", name) not in names and name != "help":
-                raise InputError(unknown_name(name, names))
+                raise InputError(unknown_name(name, names, "option"))
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):

@@ -185,7 +185,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise InputError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise InputError(f"config file {path} exports no `config` of type ddpm_jax.Config")
-    return override(config, overrides or {})
+    return override(config, flatten(config) | dict(overrides or {}))
 
 
 def override(config: Config, values: Mapping[str, Any]) -> Config:
@@ -236,10 +236,10 @@ def differences(old: Config, new: Config) -> list[str]:
     return [f"{name}: {before[name]} -> {after[name]}" for name in changed]
 
 
-def unknown_name(name: str, known: Any) -> str:
-    """The message for a name that no field has."""
+def unknown_name(name: str, known: Any, what: str = "config field") -> str:
+    """The message for a name that no field or option has."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"unknown config field {name!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
+    return f"unknown {what} {name!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

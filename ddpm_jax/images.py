@@ -1,7 +1,11 @@
 """Pictures: uint8 arrays as grids, PNG files and animated GIFs."""
 
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,7 +13,6 @@ from PIL import Image
 
 from ddpm_jax.errors import InputError
 
-ENDINGS = (".png", ".gif", ".npz")
 CELL_PIXELS = 64  # smaller images are enlarged to at least this in grids, each pixel to a square
 GAP_PIXELS = 2
 GIF_SECONDS = 4.0
@@ -39,11 +42,9 @@ def to_pil(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
 
 
 def save_grid(path: Path, images: UInt8[np.ndarray, "N H W C"]) -> None:
-    """Write the images as one PNG grid, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    to_pil(make_grid(images)).save(temporary, format="png")
-    temporary.replace(path)
+    """Write the images as one PNG grid."""
+    with whole_file(path) as file:
+        to_pil(make_grid(images)).save(file, format="png")
 
 
 def save_gif(path: Path, frames: UInt8[np.ndarray, "F N H W C"]) -> None:
@@ -51,33 +52,61 @@ def save_gif(path: Path, frames: UInt8[np.ndarray, "F N H W C"]) -> None:
     pictures = [to_pil(make_grid(frame)) for frame in frames]
     pause = int(1000 * GIF_SECONDS / len(pictures))
     durations = [pause] * (len(pictures) - 1) + [int(1000 * GIF_LAST_SECONDS)]
-    pictures[0].save(path, format="gif", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    with whole_file(path) as file:
+        pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def save_npz(path: Path, images: UInt8[np.ndarray, "N H W C"]) -> None:
+    """Write the images as the array "images" of a compressed .npz file."""
+    with whole_file(path) as file:
+        np.savez_compressed(file, images=images)
 
 
 def save_folder(path: Path, images: UInt8[np.ndarray, "N H W C"]) -> None:
     """Write each image as 000000.png, 000001.png, ... in a folder, without enlarging it."""
-    if images.shape[-1] not in (1, 3, 4):
-        raise InputError(f"images of {images.shape[-1]} channels can't be PNG files: use an .npz file")
     path.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         to_pil(image).save(path / f"{index:06d}.png")
 
 
-def check_output(path: Path) -> str:
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when it is whole; what was there before stays until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+SAVERS = {".png": save_grid, ".gif": save_gif, ".npz": save_npz, "": save_folder}
+
+
+def check_output(path: Path, channels: int) -> str:
     """The kind of output that a path asks for: ".png", ".gif", ".npz", or "" for a folder.
 
     Raises:
         InputError: an unknown ending, or a place that can't be written to.
     """
     kind = path.suffix.lower()
-    if kind not in (*ENDINGS, ""):
+    if kind not in SAVERS:
         raise InputError(f"--out {path}: unknown ending {path.suffix!r}: use .png, .gif, .npz, or a folder without an ending")
     if kind and path.is_dir():
         raise InputError(f"--out {path} is a folder: give the name of a file in it")
     if not kind and path.is_file():
         raise InputError(f"--out {path} is a file: end the name in .png, .gif or .npz, or choose a folder")
+    if not kind and channels not in (1, 3, 4):
+        raise InputError(f"--out {path}: images of {channels} channels can't be PNG files: use an .npz file")
+    if not kind and next(path.glob("*.png"), None) is not None:
+        raise InputError(f"--out {path} holds PNG files already: choose another folder, or remove them")
+    folder = path.parent if kind else path
     try:
-        (path.parent if kind else path).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(f"--out {path}: can't write there: {error.strerror}") from error
     return kind
@@ -86,13 +115,6 @@ def check_output(path: Path) -> str:
 def save_output(path: Path, kind: str, images: UInt8[np.ndarray, "... N H W C"]) -> None:
     """Write images [N, H, W, C], or for ".gif" frames [F, N, H, W, C], as check_output said."""
     try:
-        if kind == ".png":
-            save_grid(path, images)
-        elif kind == ".gif":
-            save_gif(path, images)
-        elif kind == ".npz":
-            np.savez_compressed(path, images=images)
-        else:
-            save_folder(path, images)
+        SAVERS[kind](path, images)
     except OSError as error:
         raise InputError(f"--out {path}: can't write there: {error.strerror}") from error

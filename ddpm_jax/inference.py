@@ -1,7 +1,7 @@
 """A trained model: load it, ask its network, draw images from it.
 
-The noise of image i comes from fold_in(key(seed), i) alone, so it depends neither on the batch it is drawn in, nor on
-the number of devices, nor on how many other images are asked for.
+The noise of image i comes from fold_in(fold_in(key(seed), SAMPLING), i) alone, so it depends neither on the batch it is
+drawn in, nor on the number of devices, nor on how many other images are asked for.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ from ddpm_jax.diffusion.process import make_denoiser
 from ddpm_jax.diffusion.samplers import Sampler, sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
-from ddpm_jax.models import bind, make_unet
+from ddpm_jax.models import bind, init_params, make_unet
 from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, round_up
-from ddpm_jax.training.state import init_params
 from ddpm_jax.validation import config_schedule
+
+SAMPLING = 2**32 - 1  # keeps the keys of images apart from those of training steps, which fold in the step
 
 DrawFn = Callable[[PyTree, Key[Array, " B"], Int[Array, " B"] | None], UInt8[Array, "... H W C"]]
 
@@ -76,7 +77,8 @@ def draw_images(
     size = round_up(min(config.sample.batch_size, num_images), mesh)
     draw = make_draw(config, mesh, num_frames)
     num_classes = config.model.num_classes
-    pieces = []
+    pieces: list[np.ndarray] = []
+    pending: UInt8[Array, "... H W C"] | None = None
     for start in range(0, num_images, size):
         indices = np.arange(start, start + size, dtype=np.uint32)
         classes = None
@@ -84,15 +86,21 @@ def draw_images(
             named = indices % num_classes if labels is None else labels[np.minimum(indices, num_images - 1)]
             classes = put(named.astype(np.int32), batch_sharding(mesh))
         keys = _image_keys(put(np.uint32(seed), replicated(mesh)), put(indices, batch_sharding(mesh)))
-        pieces.append(np.asarray(jax.device_get(draw(params, keys, classes))))
-        on_batch(min(start + size, num_images))
+        drawn = draw(params, keys, classes)
+        if pending is not None:  # fetched while the devices draw the next batch
+            pieces.append(jax.device_get(pending))
+            on_batch(start)
+        pending = drawn
+    pieces.append(jax.device_get(pending))
+    on_batch(num_images)
     axis = 1 if num_frames else 0
     return np.concatenate(pieces, axis=axis).take(np.arange(num_images), axis=axis)
 
 
 @jax.jit
 def _image_keys(seed: Array, indices: Array) -> Key[Array, " B"]:
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+    root = jax.random.fold_in(jax.random.key(seed), SAMPLING)
+    return jax.vmap(jax.random.fold_in, (None, 0))(root, indices)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,9 +126,14 @@ class Model:
         """The raw network: eps, x0 or v, as config.diffusion.prediction says, for noisy images in the model's range."""
         return self._apply(self.params, xt, t, labels)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of its images."""
+        return _image_shape(self.config)
+
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
-        unet = make_unet(self.config.model, _image_shape(self.config)[-1])
+        unet = make_unet(self.config.model, self.image_shape[-1])
         return compile_for(self.mesh, lambda params, xt, t, labels: bind(unet, params, labels)(xt, t))
 
     def sample(
@@ -157,6 +170,8 @@ class Model:
         config = override(self.config, {f"sample.{name}": value for name, value in given.items() if value is not None})
         if num_images < 1:
             raise InputError(f"num_images = {num_images}: must be 1 or more")
+        if num_frames < 0 or num_frames == 1:
+            raise InputError(f"num_frames = {num_frames}: must be 0, or 2 or more")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed}: must lie in 0 ... 2^32 - 1")
         classes = self._check_labels(labels, num_images)
@@ -168,7 +183,10 @@ class Model:
         num_classes = self.config.model.num_classes
         if num_classes is None:
             raise InputError("labels were given, but the network was trained without classes")
-        classes = np.broadcast_to(np.asarray(labels, np.int32), (num_images,))
+        classes = np.asarray(labels)
+        if classes.shape not in ((), (num_images,)) or classes.dtype.kind not in "iu":
+            raise InputError(f"labels must be one whole number, or {num_images} of them, not {classes.dtype} {classes.shape}")
+        classes = np.broadcast_to(classes, (num_images,))
         if classes.min() < 0 or classes.max() >= num_classes:
             raise InputError(f"labels must lie in 0 ... {num_classes - 1}")
         return classes

@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from ddpm_jax.images import whole_file
+
 logger = logging.getLogger("ddpm_jax")
 console = Console(stderr=True)
 
@@ -79,7 +81,8 @@ def plot_loss(workdir: Path) -> None:
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.5)
     axes.set(xlabel="step", ylabel="loss (mean squared error)", yscale="log", title="Training loss")
     axes.grid(visible=True, which="both", alpha=0.3)
-    figure.savefig(workdir / "loss.png", dpi=120)
+    with whole_file(workdir / "loss.png") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 class TrainProgress:
@@ -154,12 +157,17 @@ class Meter:
 
 @contextmanager
 def sample_progress(num_images: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar for sampling, as a function of the number of images done; nothing where there is no terminal."""
-    columns = (
-        TextColumn("image {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    """A progress bar for sampling, as a function of the number of images done; lines where there is no terminal."""
+    count = TextColumn("image {task.completed:.0f}/{task.total:.0f}")
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    began = time.perf_counter()
+    with Progress(count, BarColumn(), left, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=num_images)
-        yield lambda count: bar.update(task, completed=count)
+
+        def on_batch(done: int) -> None:
+            bar.update(task, completed=done)
+            if not console.is_terminal:
+                seconds = int((time.perf_counter() - began) / done * (num_images - done))
+                logger.info("image %d/%d  left %d:%02d", done, num_images, *divmod(seconds, 60))
+
+        yield on_batch

@@ -24,7 +24,10 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the one axis "data" over the given devices, or all there are."""
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that is not there
+        raise InputError(f"JAX finds no device: {str(error).partition(chr(10))[0]}") from error
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 

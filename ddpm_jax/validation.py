@@ -1,5 +1,6 @@
 """The rules that a config keeps, beyond the types of its fields."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ddpm_jax.diffusion.schedule import Schedule, make_schedule, spaced_timesteps
@@ -58,13 +59,14 @@ def validate(config: "Config") -> None:
     _require(t.batch_size % o.accumulate_steps == 0, "train.batch_size", t.batch_size,
              f"must be a multiple of optim.accumulate_steps = {o.accumulate_steps}")  # fmt: skip
     _require(config.seed < 2**32, "seed", config.seed, "must be below 2^32")
+    _require(o.optimizer == "adamw" or o.weight_decay == 0, "optim.weight_decay", o.weight_decay, "adam has none, use adamw")
+    for name in ("learning_rate", "eps", "weight_decay"):
+        _require(math.isfinite(getattr(o, name)), f"optim.{name}", getattr(o, name), "must be finite")
     config_schedule(config)
     try:
-        spaced_timesteps(s.num_steps or d.num_steps, d.num_steps, s.spacing)
+        spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing)
     except ValueError as error:
         raise InputError(f"sample.num_steps: {error}") from error
-    if s.num_steps == 0:
-        raise InputError("sample.num_steps = 0: must be 1 or more")
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:

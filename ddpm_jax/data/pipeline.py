@@ -48,8 +48,8 @@ def make_order(seed: int, num_images: int, batch_size: int) -> Callable[[int], n
 def batches(config: Config, image_set: ImageSet, mesh: Mesh, start: int, stop: int) -> Iterator[Batch]:
     """The batches of steps start ... stop - 1, split over the devices of the mesh.
 
-    A set of at most data.device_megabytes lies on every device and is indexed there; of a larger one, or one that is
-    memory-mapped, each batch is read and sent while the devices work on the one before.
+    A set of at most data.device_megabytes lies on every device and is indexed there; of a larger one, each batch is read
+    and sent while the devices work on the one before.
     """
     order = make_order(config.seed, len(image_set.images), config.train.batch_size)
     with_labels = config.model.num_classes is not None

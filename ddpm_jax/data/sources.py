@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.resources
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,6 @@ def load_arrays(path: Path) -> ImageSet:
         names = ", ".join(PACKAGED)
         raise InputError(f"data.source = {str(path)!r} is neither a packaged set ({names}) nor an .npy or .npz file")
     arrays = _read(path)
-    if "images" not in arrays:
-        raise InputError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, but no array called 'images'")
     images = arrays["images"]
     if images.ndim == 3:
         images = images[..., None]
@@ -76,21 +75,28 @@ def load_arrays(path: Path) -> ImageSet:
     if "labels" not in arrays:
         return ImageSet(images)
     labels = arrays["labels"]
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+    whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not whole or labels.min() < 0 or labels.max() >= 2**31:
         raise InputError(f"{path}: 'labels' must be {len(images)} whole numbers from 0, not {labels.dtype} {labels.shape}")
     return ImageSet(images, labels.astype(np.int32))
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays "images" and "labels" of an .npz file, or the array of an .npy file, memory-mapped, as "images"."""
+    if path.suffix not in (".npy", ".npz"):
+        raise InputError(f"{path}: unknown kind of file {path.suffix!r}: use .npy or .npz")
     try:
-        if path.suffix == ".npy":
-            return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"images": loaded}
+        with loaded as arrays:
+            if "images" not in arrays:
+                raise InputError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, but no array called 'images'")
+            return {name: arrays[name] for name in ("images", "labels") if name in arrays}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} can't be read as a NumPy file: {_first_line(error)}") from error
-    raise InputError(f"{path}: unknown kind of file {path.suffix!r}: use .npy or .npz")
 
 
 def _check_images(path: Path, images: np.ndarray) -> None:
@@ -98,6 +104,8 @@ def _check_images(path: Path, images: np.ndarray) -> None:
         raise InputError(f"{path}: images must be [N, H, W, C] or [N, H, W], not of shape {images.shape}")
     if len(images) == 0:
         raise InputError(f"{path} holds no images")
+    if images.shape[1] in (1, 3, 4) and images.shape[3] not in (1, 3, 4):
+        raise InputError(f"{path}: images of shape {images.shape} seem to have channels first: move them to the last axis")
     if images.dtype == np.uint8:
         return
     if images.dtype != np.float32:

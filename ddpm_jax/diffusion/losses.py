@@ -43,6 +43,8 @@ def simple_loss(
         target = eps
     elif prediction == "x0":
         target = x0
-    else:
+    elif prediction == "v":
         target = predict_v(schedule, xt, t, x0, "x0")
+    else:
+        raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0 or v")
     return jnp.mean(jnp.square(target - network_fn(xt, t)), axis=tuple(range(1, x0.ndim)))

@@ -58,8 +58,8 @@ def sample(
 ) -> Float[Array, "..."]:
     """Draw images from the reverse process, as one compiled `lax.scan` over the steps.
 
-    The last eight programs are kept: another call with the same denoiser object and settings compiles nothing. Inside
-    a `jax.jit` of your own it becomes part of that program.
+    Each call compiles its program anew. To draw several times with one program, put the call into a `jax.jit` of your
+    own, as a function of the key and of the network's weights.
 
     Args:
         key: one key, or one for each image [B]: image i then depends on key i alone, not on its batch.
@@ -71,7 +71,8 @@ def sample(
         eta: noise of ddim, 0 (none) to 1 (as much as the posterior's).
         spacing: which timesteps are visited when num_steps < T; see spaced_timesteps.
         x_init: start from this x_T [B, H, W, C] instead of from noise.
-        trajectory: True returns x at every step, x_T first; a number n >= 2 returns n of these, evenly spaced.
+        trajectory: True returns x at every step, x_T first; a number n >= 2 returns n of these, evenly spaced, or all
+            where there are fewer.
         variance: of ddpm's steps, "fixed_large" or "fixed_small".
 
     Returns:
@@ -88,9 +89,9 @@ def sample(
         raise ValueError(f"x_init has shape {x_init.shape}, not {tuple(shape)}")
     num_steps = schedule.num_steps if num_steps is None else num_steps
     timesteps = spaced_timesteps(num_steps, schedule.num_steps, spacing)
-    num_frames = num_steps + 1 if trajectory is True else int(trajectory)
-    if num_frames == 1:
-        raise ValueError("a trajectory has at least 2 frames")
+    num_frames = num_steps + 1 if trajectory is True else min(int(trajectory), num_steps + 1)
+    if num_frames < 0 or num_frames == 1:
+        raise ValueError(f"a trajectory has at least 2 frames, not {int(trajectory)}")
     step = functools.partial(ddim_step, eta=eta) if sampler == "ddim" else functools.partial(p_sample, variance=variance)
 
     def run(key: AnyKey, schedule: Schedule, x_init: Float[Array, "*shape"] | None) -> Float[Array, "..."]:
@@ -110,8 +111,8 @@ def _reverse(
     num_frames: int,
 ) -> Float[Array, "..."]:
     """The loop over ascending `timesteps` [K] from the last to the first; num_frames = 0 keeps x_0 only."""
-    num_steps = len(timesteps)
-    if num_steps < schedule.num_steps:
+    num_steps, total_steps = len(timesteps), schedule.num_steps
+    if num_steps < total_steps:
         schedule = respace(schedule, jnp.asarray(timesteps))
     visited = jnp.asarray(timesteps)
 
@@ -128,11 +129,11 @@ def _reverse(
         x, frames = carry
         index, slot = position
         t = jnp.full(shape[:1], index, jnp.int32)
-        x = step(_fold_in(key, index), schedule, denoise, x, t)
+        x = step(_fold_in(key, visited[index]), schedule, denoise, x, t)
         return (x, frames.at[slot].set(x) if num_frames else frames), None
 
-    # Step indices 0 ... K-1 name the keys of the steps, K that of x_T.
-    x = normal(_fold_in(key, jnp.int32(num_steps)), shape) if x_init is None else x_init
+    # Timesteps 0 ... T-1 name the keys of the steps, T that of x_T, which so is the same for any number of steps.
+    x = normal(_fold_in(key, jnp.int32(total_steps)), shape) if x_init is None else x_init
     frames = jnp.broadcast_to(x[None], (num_frames, *shape))
     positions = (jnp.arange(num_steps - 1, -1, -1, dtype=jnp.int32), slots)
     (x, frames), _ = jax.lax.scan(body, (x, frames), positions)

@@ -10,6 +10,7 @@ All of it follows from log alpha_bar alone: 1 - exp(log ab) = -expm1(log ab) los
 close to 1, so the same few lines serve float64 (a new schedule) and float32 (a sub-sequence of one, inside jit).
 """
 
+import inspect
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -82,11 +83,11 @@ def make_schedule(kind: ScheduleKind = "linear", num_steps: int = 1000, **option
     }
     if kind not in builders:
         raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(get_args(ScheduleKind))}")
-    try:
-        betas = builders[kind](int(num_steps), **options)
-    except TypeError:
-        raise ValueError(f"the {kind} schedule has no option {', '.join(sorted(options))} in this combination") from None
-    return schedule_from_betas(betas)
+    builder = builders[kind]
+    unknown = set(options) - set(inspect.signature(builder).parameters) - {"num_steps"}
+    if unknown:
+        raise ValueError(f"the {kind} schedule has no option {', '.join(sorted(unknown))}")
+    return schedule_from_betas(builder(int(num_steps), **options))
 
 
 def schedule_from_betas(betas: Any) -> Schedule:
@@ -176,6 +177,8 @@ def _linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.
 
 
 def _scaled_linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float64[np.ndarray, " T"]:
+    if beta_start <= 0 or beta_end <= 0:
+        raise ValueError(f"beta_start = {beta_start:g} and beta_end = {beta_end:g} must be greater than 0")
     scale = 1000 / num_steps
     return np.linspace(math.sqrt(scale * beta_start), math.sqrt(scale * beta_end), num_steps, dtype=np.float64) ** 2
 

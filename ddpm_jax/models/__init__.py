@@ -1,5 +1,5 @@
 """Networks in Flax Linen; the only room that imports it."""
 
-from ddpm_jax.models.unet import UNet, bind, make_unet
+from ddpm_jax.models.unet import UNet, bind, init_params, make_unet, num_params
 
-__all__ = ["UNet", "bind", "make_unet"]
+__all__ = ["UNet", "bind", "init_params", "make_unet", "num_params"]

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.config import ModelConfig
@@ -142,6 +144,17 @@ def make_unet(config: ModelConfig, image_channels: int) -> UNet:
     """The network that a config describes, for images with so many channels."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return UNet(out_channels=image_channels, **fields | {"dtype": jnp.dtype(config.dtype)})
+
+
+def init_params(unet: UNet, seed: int, image_shape: tuple[int, int, int]) -> PyTree:
+    """Freshly drawn weights for images of [H, W, C]; the same on any number of devices."""
+    xt, t = jnp.zeros((1, *image_shape), jnp.float32), jnp.zeros((1,), jnp.int32)
+    return unet.init(jax.random.key(seed), xt, t)["params"]
+
+
+def num_params(params: PyTree) -> int:
+    """Number of scalar parameters; shapes are enough."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(params))
 
 
 def bind(

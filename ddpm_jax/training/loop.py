@@ -14,19 +14,28 @@ from types import FrameType
 import jax
 from jax.sharding import Mesh
 
-from ddpm_jax.checkpoint import abstract_like, claim_run_folder, open_checkpoints, restore_newest, save
-from ddpm_jax.config import Config
+from ddpm_jax.checkpoint import (
+    Checkpointer,
+    abstract_like,
+    check_run_folder,
+    newest_step,
+    open_checkpoints,
+    restore_newest,
+    save,
+    write_config,
+)
+from ddpm_jax.config import Config, flatten, override
 from ddpm_jax.data import ImageSet, batches, load_images
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
-from ddpm_jax.models import make_unet
+from ddpm_jax.models import make_unet, num_params
 from ddpm_jax.parallel import check_batch_size, compile_for, make_mesh, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.state import TrainState, init_state, num_params
+from ddpm_jax.training.state import TrainState, init_state
 from ddpm_jax.training.step import Metrics, make_train_step
-from ddpm_jax.validation import config_schedule, validate
+from ddpm_jax.validation import config_schedule
 
 logger = logging.getLogger("ddpm_jax")
 
@@ -42,12 +51,12 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         NonFiniteLossError: the loss or its gradient is NaN or infinite.
     """
     workdir = Path(workdir)
-    validate(config)
+    config = override(config, flatten(config))  # checks types and ranges of a config made in Python
     image_set = load_images(config.data)
     config = fit_to_data(config, image_set)
     mesh = make_mesh()
     check_batch_size(config.train.batch_size, mesh, config.optim.accumulate_steps)
-    claim_run_folder(workdir, config)
+    check_run_folder(workdir, config)
 
     unet = make_unet(config.model, image_set.image_shape[-1])
     optimizer = make_optimizer(config.optim, config.train.num_steps)
@@ -55,17 +64,21 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     state = restore_newest(workdir, abstract)
     if state is None:
         state = run_once(mesh, lambda: init_state(config, unet, optimizer))
-        start = 0
-    else:
-        start = int(state.step)
-        logger.info("resuming %s from step %d", workdir, start)
+    start, total = int(state.step), config.train.num_steps
+    if start > total:
+        raise InputError(f"train.num_steps = {total}, but {workdir} has already made {start} steps")
+    write_config(workdir, config)
     _introduce(config, image_set, state, mesh)
+    if start:
+        logger.info("resuming %s from step %d", workdir, start)
 
-    total = config.train.num_steps
     train_step = make_train_step(config, config_schedule(config), unet, optimizer)
-    train_step = compile_for(mesh, train_step, donate_argnums=0)
-    recorder = _Recorder(config, workdir, start, mesh)
-    with _stop_signals() as stop, recorder, open_checkpoints(workdir, config) as checkpoints:
+    train_step = compile_for(mesh, train_step, donate_argnums=0, out_shardings=replicated(mesh))
+    with (
+        _stop_signals() as stop,
+        open_checkpoints(workdir, config) as checkpoints,
+        _Recorder(config, workdir, start, mesh, checkpoints) as recorder,
+    ):
         pending: tuple[int, Metrics] | None = None
         for step, batch in enumerate(batches(config, image_set, mesh, start, total), start + 1):
             state, metrics = train_step(state, batch)
@@ -77,7 +90,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 recorder.take(*pending)
                 pending = None
                 save(checkpoints, state, step, config)
-            if recorder.preview_due(step):
+            if recorder.preview_due(step) and not stop.is_set():
                 recorder.preview(step, state)
             if last:
                 break
@@ -99,6 +112,11 @@ def fit_to_data(config: Config, image_set: ImageSet) -> Config:
         make_unet(config.model, channels).check_resolution(height, width)
     except ValueError as error:
         raise InputError(f"model.multipliers = {config.model.multipliers}: {error}") from error
+    heights = [height // config.model.space_to_depth // 2**level for level in range(len(config.model.multipliers))]
+    absent = set(config.model.attention_resolutions) - set(heights)
+    if absent:
+        resolutions = config.model.attention_resolutions
+        raise InputError(f"model.attention_resolutions = {resolutions}: feature maps here have heights {heights}")
     num_classes = config.model.num_classes
     if num_classes is not None:
         if image_set.labels is None:
@@ -112,14 +130,15 @@ def fit_to_data(config: Config, image_set: ImageSet) -> Config:
 class _Recorder:
     """What a run writes besides checkpoints: metrics, progress, previews."""
 
-    def __init__(self, config: Config, workdir: Path, start: int, mesh: Mesh) -> None:
-        self._config, self._workdir, self._mesh = config, workdir, mesh
+    def __init__(self, config: Config, workdir: Path, start: int, mesh: Mesh, checkpoints: Checkpointer) -> None:
+        self._config, self._workdir, self._mesh, self._checkpoints = config, workdir, mesh, checkpoints
         self._writer = MetricsWriter(workdir)
         self._progress = TrainProgress(start, config.train.num_steps, config.train.batch_size)
         self._meter = Meter(config.train.batch_size)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_Recorder":
         self._progress.__enter__()
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self._progress.__exit__(None, None, None)
@@ -150,11 +169,13 @@ class _Recorder:
         self._meter.exclude(time.perf_counter() - began)
 
     def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
+        self._checkpoints.wait()
+        newest = newest_step(self._workdir)
         folder = self._workdir / "checkpoints"
-        steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
-        good = f"the last good checkpoint is {folder / str(max(steps))}" if steps else "there is no checkpoint yet"
+        good = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {folder / str(newest)}"
         what = f"the loss is {loss}, the gradient's norm {grad_norm},"
-        return f"{what} at step {step}; {good}: try a lower optim.learning_rate or a longer optim.warmup_steps"
+        advice = "try a lower optim.learning-rate or a longer optim.warmup-steps in another --workdir"
+        return f"{what} at step {step}; {good}; {advice}"
 
 
 def _introduce(config: Config, image_set: ImageSet, state: TrainState, mesh: Mesh) -> None:

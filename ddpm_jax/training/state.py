@@ -4,12 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ddpm_jax.config import Config
-from ddpm_jax.models import UNet
+from ddpm_jax.models import UNet, init_params
 
 
 class TrainState(NamedTuple):
@@ -23,12 +22,6 @@ class TrainState(NamedTuple):
     """Moving average of the weights, float32."""
     opt_state: PyTree
     """State of the optimiser."""
-
-
-def init_params(unet: UNet, seed: int, image_shape: tuple[int, int, int]) -> PyTree:
-    """Freshly drawn weights for images of [H, W, C]; the same on any number of devices."""
-    xt, t = jnp.zeros((1, *image_shape), jnp.float32), jnp.zeros((1,), jnp.int32)
-    return unet.init(jax.random.key(seed), xt, t)["params"]
 
 
 def init_state(config: Config, unet: UNet, optimizer: optax.GradientTransformation) -> TrainState:
@@ -55,8 +48,3 @@ def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, 
 def ema_update(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> PyTree:
     """decay * ema + (1 - decay) * params."""
     return jax.tree.map(lambda average, value: average + (1.0 - decay) * (value - average), ema, params)
-
-
-def num_params(params: PyTree) -> int:
-    """Number of scalar parameters; shapes are enough."""
-    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(params))
