@@ -26,8 +26,9 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the one axis "data" over the given devices, or all there are."""
     try:
         devices = jax.devices() if devices is None else devices
-    except RuntimeError as error:  # JAX_PLATFORMS names a platform that is not there
-        raise InputError(f"JAX finds no device: {str(error).partition(chr(10))[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform that is not there
+        reason = str(error).partition("\n")[0] or "check JAX_PLATFORMS"
+        raise InputError(f"JAX finds no device: {reason}") from error
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
