@@ -181,8 +181,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise InputError(f"no config file at {path}: give the path of one, such as configs/fashion_mnist.py")
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:  # a config file is a program; whatever is wrong with it is the user's to mend
-        raise InputError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a config file is a program; whatever is wrong with it is the user's to mend
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"config file {path} does not run: {type(error).__name__}: {reason}") from error
     if not isinstance(config, Config):
         raise InputError(f"config file {path} exports no `config` of type ddpm_jax.Config")
     return override(config, flatten(config) | dict(overrides or {}))

@@ -211,6 +211,10 @@ def abstract_params(config: Config, mesh: Mesh) -> PyTree:
     """Shapes and dtypes of a config's weights, replicated over a mesh."""
     shape = _image_shape(config)
     unet = make_unet(config.model, shape[-1])
+    try:
+        unet.check_resolution(*shape[:2])
+    except ValueError as error:
+        raise InputError(f"the stored config contradicts itself: {error}") from error
     return abstract_like(jax.eval_shape(lambda: init_params(unet, 0, shape)), replicated(mesh))
 
 

@@ -44,19 +44,23 @@ class MetricsWriter:
         self._file = path.open("a")
         if torn:  # the last line of a killed run
             self._file.write("\n")
-        self._events = SummaryWriter(str(workdir), flush_secs=10)
+        self._workdir = workdir
+        self._events: SummaryWriter | None = None  # made by the first record: a run with nothing left to do has none
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add one record."""
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
+        if self._events is None:
+            self._events = SummaryWriter(str(self._workdir), flush_secs=10)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish both files."""
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

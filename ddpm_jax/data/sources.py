@@ -15,6 +15,7 @@ PACKAGED = {"fashion_mnist": "fashion_mnist_10k.npz"}
 FASHION_MNIST_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+NPY_MAGIC = b"\x93NUMPY"  # an .npy file under another name is read as what it is
 CHUNK_ELEMENTS = 1 << 24  # values are checked in pieces of this size, so that a memory-mapped file is never whole in memory
 
 
@@ -86,10 +87,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix not in (".npy", ".npz"):
         raise InputError(f"{path}: unknown kind of file {path.suffix!r}: use .npy or .npz")
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"images": loaded}
-        with loaded as arrays:
+        with path.open("rb") as file:
+            if file.read(len(NPY_MAGIC)) == NPY_MAGIC:
+                return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
+            file.seek(0)
+            arrays = np.load(file, allow_pickle=False)
             if "images" not in arrays:
                 raise InputError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, but no array called 'images'")
             return {name: arrays[name] for name in ("images", "labels") if name in arrays}

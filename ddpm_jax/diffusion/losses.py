@@ -25,6 +25,8 @@ def draw_timesteps(
     """
     if method == "uniform":
         return jax.random.randint(key, (batch_size,), 0, num_steps)
+    if method != "stratified":
+        raise ValueError(f"unknown way to draw timesteps {method!r}: choose uniform or stratified")
     u = (jnp.arange(batch_size, dtype=jnp.float32) + jax.random.uniform(key, (batch_size,))) / batch_size
     return jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ddpm_jax.diffusion.process import AnyKey, Denoised, Denoiser, Variance, as_keys, at, normal, p_sample
+from ddpm_jax.diffusion.process import AnyKey, Denoised, Denoiser, Variance, as_keys, at, normal, p_log_variance, p_sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing, respace, spaced_timesteps
 
 Sampler = Literal["ddpm", "ddim"]
@@ -83,6 +83,7 @@ def sample(
     """
     if sampler not in get_args(Sampler):
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(get_args(Sampler))}")
+    p_log_variance(schedule, variance)  # an unknown name is an error with every sampler
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], not {eta}")
     if x_init is not None and x_init.shape != tuple(shape):

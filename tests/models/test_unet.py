@@ -1,0 +1,472 @@
+"""The UNet and its pieces, against NumPy float64 and published sizes."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import scipy.stats
+import unet_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
+from reference import P_VALUE, assert_close
+
+from ddpm_jax import ModelConfig, UNet
+from ddpm_jax.models import bind, init_params, make_unet, num_params
+from ddpm_jax.models.embedding import sinusoidal_embedding
+from ddpm_jax.models.layers import Attention, ResBlock, depth_to_space, downsample, group_norm, space_to_depth, upsample
+
+FAST = {"xla_backend_optimization_level": 0}
+"""Compiler options that halve the time of compilation, which is most of what these tests take."""
+
+SMALL = {"channels": 8, "num_res_blocks": 1, "attention_resolutions": (4,), "num_groups": 4}
+UNET = UNet(out_channels=2, multipliers=(1, 2), dropout=0.5, num_classes=3, **SMALL)
+"""Two channels in each group at least: with one, GroupNorm would undo the biases in front of it."""
+SHAPE = (2, 8, 12, 2)
+
+
+def jit(function, **options):
+    return jax.jit(function, compiler_options=FAST, **options)
+
+
+def leaves(params):
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def shapes_of(unet, image_shape):
+    """Parameters of a network, as shapes."""
+    arguments = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(unet.init, jax.random.key(0), *arguments)["params"]
+
+
+def random_params(shapes, seed=0):
+    """Weights that make every layer count, also those that start near zero."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape)
+        if path[-1].key == "kernel":
+            return (noise / math.sqrt(math.prod(leaf.shape[:-1]))).astype(np.float32)
+        return ((path[-1].key == "scale") + 0.3 * noise).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def images(seed, shape=SHAPE):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(shapes_of(UNET, SHAPE[1:]))
+
+
+@pytest.fixture(scope="module")
+def fresh_params():
+    return jit(lambda: init_params(UNET, 0, SHAPE[1:]))()
+
+
+@pytest.fixture(scope="module")
+def apply():
+    """(params, xt, t, labels) -> output without dropout."""
+    return jit(lambda params, xt, t, labels: UNET.apply({"params": params}, xt, t, labels))
+
+
+@pytest.fixture(scope="module")
+def apply_unlabelled():
+    return jit(lambda params, xt, t: UNET.apply({"params": params}, xt, t))
+
+
+def training_output_and_grad(unet):
+    """(params, xt, t, key) -> output in training and the gradient of a weighted sum of its squares."""
+
+    def loss(params, xt, t, key):
+        output = unet.apply({"params": params}, xt, t, jnp.asarray([0, 2]), train=True, rngs={"dropout": key})
+        return jnp.sum(jnp.asarray(images(50)) * output**2), output
+
+    return jit(jax.grad(loss, has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def train():
+    return training_output_and_grad(UNET)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("unet", "size", "total"),
+    [
+        (UNet(), 32, 35_746_307),
+        (UNet(multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0), 256, 113_673_219),
+    ],
+    ids=["cifar10", "256"],
+)
+def test_published_networks_have_their_size_block_by_block(unet, size, total):
+    shapes = shapes_of(unet, (size, size, 3))
+    assert num_params(shapes) == total
+    sizes = sorted(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert sizes == sorted(unet_reference.parameter_sizes(128, unet.multipliers, 2, (16,), size, 3))
+
+
+@st.composite
+def networks_and_images(draw):
+    multipliers = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    block = draw(st.sampled_from([1, 1, 2]))
+    edge = block * 2 ** (len(multipliers) - 1)
+    shape = (edge * draw(st.integers(1, 5)), edge * draw(st.integers(1, 5)), draw(st.integers(1, 5)))
+    fields = {
+        "out_channels": draw(st.integers(1, 5)),
+        "channels": draw(st.integers(4, 70)),
+        "multipliers": multipliers,
+        "num_res_blocks": draw(st.integers(1, 3)),
+        "attention_resolutions": tuple(draw(st.sets(st.sampled_from([1, 2, 4, 8]), max_size=2))),
+        "num_classes": draw(st.sampled_from([None, 3])),
+        "space_to_depth": block,
+    }
+    return fields, shape
+
+
+@settings(max_examples=10)
+@given(networks_and_images())
+def test_any_network_takes_any_image_that_its_levels_divide(network_and_image):
+    fields, shape = network_and_image
+    unet = UNet(**fields)
+    xt, t = jax.ShapeDtypeStruct((3, *shape), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    output, variables = jax.eval_shape(unet.init_with_output, jax.random.key(0), xt, t)
+    assert output.shape == (3, *shape[:2], unet.out_channels)
+    assert output.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.float32)}
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 4), st.sampled_from([1, 2, 3]))
+def test_an_image_that_the_levels_cannot_divide(height, width, levels, block):
+    unet, divisor = UNet(multipliers=(1,) * levels, space_to_depth=block), block * 2 ** (levels - 1)
+    if height % divisor == 0 and width % divisor == 0:
+        unet.check_resolution(height, width)
+    else:
+        with pytest.raises(ValueError, match=rf"images of {height}x{width} pixels .* multiples of {divisor}\b"):
+            unet.check_resolution(height, width)
+
+
+def test_parameters_depend_on_the_seed():
+    unet = UNet(channels=4, multipliers=(1,), num_res_blocks=1)
+    draw = jax.jit(lambda seed: init_params(unet, seed, (2, 2, 1))["conv_in"]["kernel"], static_argnums=0)
+    assert draw(0).shape == (3, 3, 1, 4)
+    assert not np.allclose(draw(0), draw(1))
+
+
+def test_the_network_checks_its_image():
+    with pytest.raises(ValueError, match="use multiples of 2, or fewer multipliers"):
+        shapes_of(UNET, (8, 9, 2))
+
+
+def test_a_config_gives_its_network():
+    config = ModelConfig(channels=16, multipliers=(1, 3), num_classes=5, space_to_depth=2, dtype="bfloat16", remat=True)
+    unet = make_unet(config, 4)
+    assert (unet.out_channels, unet.channels, unet.multipliers, unet.num_classes) == (4, 16, (1, 3), 5)
+    assert (unet.space_to_depth, unet.dtype, unet.remat, unet.dropout) == (2, jnp.bfloat16, True, config.dropout)
+
+
+# The time embedding
+
+
+@settings(max_examples=15)
+@given(st.integers(4, 70), st.lists(st.integers(0, 999), min_size=3, max_size=3))
+def test_sinusoidal_embedding_equals_the_reference(dim, t):
+    embedding = sinusoidal_embedding(jnp.asarray(t, jnp.int32), dim)
+    assert embedding.dtype == jnp.float32
+    # Angles up to 999 in float32 are off by 6e-5: half a unit in their last place and as much from the frequency's.
+    assert_close(embedding, reference.sinusoidal_embedding(t, dim), atol=1e-4)
+
+
+def test_a_time_embedding_is_not_too_narrow():
+    with pytest.raises(ValueError, match="needs 4 channels or more, not 3"):
+        sinusoidal_embedding(jnp.zeros(1, jnp.int32), 3)
+
+
+# The pieces
+
+
+class Layer(nn.Module):
+    """A function that makes a layer inside a module, as a module."""
+
+    function: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x, jnp.float32, "layer")
+
+
+def random_layer(module, *arguments):
+    """(its output, its random weights) for a module."""
+    params = random_params(jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"], seed=1)
+    return module.apply({"params": params}, *arguments), float64(params)
+
+
+@pytest.mark.parametrize("size", [(6, 4), (2, 2), (8, 2)])
+def test_downsample_pads_on_the_right_and_at_the_bottom(size):
+    x = images(1, (2, *size, 3))
+    actual, params = random_layer(Layer(downsample), jnp.asarray(x))
+    assert actual.shape == (2, size[0] // 2, size[1] // 2, 3)
+    expected = unet_reference.convolution(params["layer"], x.astype(np.float64), stride=2, pad=((0, 1), (0, 1)))
+    assert_close(actual, expected)
+
+
+def test_upsample_repeats_pixels_and_convolves():
+    x = images(2, (2, 3, 5, 4))
+    actual, params = random_layer(Layer(upsample), jnp.asarray(x))
+    twice = np.kron(x.astype(np.float64), np.ones((1, 2, 2, 1)))
+    assert_close(actual, unet_reference.convolution(params["layer"], twice))
+
+
+@pytest.mark.parametrize(("channels", "num_groups", "groups"), [(64, 32, 32), (48, 32, 16), (7, 32, 1), (6, 4, 2)])
+def test_group_norm_has_eps_1e_6_and_groups_that_fit(channels, num_groups, groups):
+    x = 1e-3 * images(3, (2, 4, 3, channels))  # with a variance of 1e-6, eps matters
+    actual, params = random_layer(group_norm(channels, num_groups, jnp.float32), jnp.asarray(x))
+    expected = unet_reference.group_norm(params, x.astype(np.float64), groups, eps=1e-6)
+    assert_close(actual, expected)
+    assert np.abs(expected - unet_reference.group_norm(params, x.astype(np.float64), groups, eps=1e-5)).max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(4, 3), (1, 1)])
+def test_attention_equals_the_reference(size):
+    x = images(4, (2, *size, 8))
+    actual, params = random_layer(Attention(4, jnp.float32), jnp.asarray(x))
+    assert_close(actual, unet_reference.attention(params, x.astype(np.float64), 4))
+
+
+def test_attention_of_large_numbers_is_finite():
+    attention, x = Attention(4, jnp.float32), jnp.asarray(images(5, (2, 4, 3, 8)))
+    params = random_params(jax.eval_shape(attention.init, jax.random.key(0), x)["params"])
+    params = jax.tree.map(lambda leaf: 1000 * leaf, params)  # logits of 1e12, whose exponential is infinite
+    assert np.isfinite(attention.apply({"params": params}, x)).all()
+
+
+@pytest.mark.parametrize(("features", "shortcut"), [(8, False), (12, True)])
+def test_res_block_has_a_shortcut_only_where_channels_change(features, shortcut):
+    x, temb = images(6, (2, 4, 3, 8)), images(7, (2, 16))
+    block = ResBlock(features, dropout=0.0, num_groups=4, dtype=jnp.float32)
+    call = functools.partial(block.apply, mutable=False)
+    shapes = jax.eval_shape(functools.partial(block.init, deterministic=True), jax.random.key(0), x, temb)["params"]
+    assert ("shortcut" in shapes) == shortcut
+    params = random_params(shapes, seed=2)
+    actual = call({"params": params}, jnp.asarray(x), jnp.asarray(temb), True)
+    expected = unet_reference.res_block(float64(params), x.astype(np.float64), temb.astype(np.float64), 4)
+    # A sum of up to 108 products in each of two convolutions, in an order of the compiler's choice.
+    assert_close(actual, expected, atol=1e-5)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5))
+def test_space_to_depth_and_back(block, height, width, channels):
+    x = np.arange(2 * block**2 * height * width * channels, dtype=np.float32)
+    x = x.reshape(2, block * height, block * width, channels)
+    deep = space_to_depth(jnp.asarray(x), block)
+    np.testing.assert_array_equal(deep, unet_reference.space_to_depth(x, block))
+    np.testing.assert_array_equal(depth_to_space(deep, block), x)
+
+
+# Initial weights
+
+
+def test_a_fresh_network_gives_almost_zero(fresh_params, apply):
+    """Ho et al.'s zero layers have the scale 1e-10: conv_out's weights are below 3e-6, and it sums 72 of them."""
+    output = apply(fresh_params, jnp.asarray(images(8)), jnp.asarray([0, 999]), jnp.asarray([0, 2]))
+    assert 0 < np.abs(output).max() < 1e-4
+
+
+def test_fresh_blocks_pass_their_input_on(fresh_params):
+    x, temb = jnp.asarray(images(9, (2, 4, 4, 16))), jnp.asarray(images(10, (2, 32)))
+    attention, block = Attention(4, jnp.float32), ResBlock(16, 0.0, 4, jnp.float32)
+    assert_close(attention.apply({"params": fresh_params["middle_attention"]}, x), x, atol=1e-3)
+    assert_close(block.apply({"params": fresh_params["middle_block0"]}, x, temb, True), x, atol=1e-3)
+
+
+def test_initial_weights_have_the_published_scale(fresh_params):
+    """Kernels are uniform with variance scale / fan_avg; biases are 0, scales 1, classes normal."""
+    is_zero = ("conv2", "attention/out", "conv_out")
+    pooled = {False: [], True: []}
+    for name, leaf in leaves(fresh_params).items():
+        value = np.asarray(leaf, np.float64)
+        if name.endswith("/kernel"):
+            window = math.prod(value.shape[:-2])
+            zero = name.removesuffix("/kernel").endswith(is_zero)
+            bound = math.sqrt(3 * (1e-10 if zero else 1.0) / (window * (value.shape[-2] + value.shape[-1]) / 2))
+            pooled[zero].append(value.ravel() / bound)
+            assert np.abs(value).max() <= bound * (1 + 1e-6), name
+        elif name.endswith("/embedding"):
+            assert scipy.stats.kstest(value.ravel(), "norm").pvalue > P_VALUE
+        else:
+            assert (value == name.endswith("/scale")).all(), name
+    assert len(pooled[True]) == 8 + 4 + 1  # conv2 of each block, out of each attention layer, conv_out
+    for values in pooled.values():
+        for value in [*values, np.concatenate(values)]:
+            assert scipy.stats.kstest(value, "uniform", (-1, 2)).pvalue > P_VALUE
+        assert max(abs(np.corrcoef(a[:64], b[:64])[0, 1]) for i, a in enumerate(values) for b in values[:i]) < 0.7
+
+
+# The whole network
+
+
+def test_the_network_equals_the_reference(params, apply, apply_unlabelled):
+    xt, t, labels = images(11), np.array([3, 900]), np.array([2, 0])
+    settings = {**SMALL, "levels": 2}
+    expected = unet_reference.unet(float64(params), xt.astype(np.float64), t, labels=labels, **settings)
+    assert np.abs(expected).max() > 1
+    actual = apply(params, jnp.asarray(xt), jnp.asarray(t, jnp.int32), jnp.asarray(labels, jnp.int32))
+    assert actual.dtype == jnp.float32
+    # A hundred layers, and a time embedding good to 1e-4.
+    assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    unlabelled = unet_reference.unet(float64(params), xt.astype(np.float64), t, **settings)
+    assert_close(apply_unlabelled(params, jnp.asarray(xt), jnp.asarray(t, jnp.int32)), unlabelled, rtol=1e-3, atol=1e-3)
+    assert np.abs(unlabelled - expected).max() > 0.1
+
+
+def test_another_network_equals_the_reference():
+    """Two blocks a level, channels that 32 groups do not divide, 2x2 patches, attention at the second level."""
+    unet = UNet(out_channels=1, channels=6, multipliers=(2, 1), num_res_blocks=2, attention_resolutions=(2,), space_to_depth=2)
+    params = random_params(shapes_of(unet, (8, 4, 1)), seed=3)
+    xt, t = images(12, (2, 8, 4, 1)), np.array([0, 40])
+    actual = jit(lambda *arguments: bind(unet, arguments[0])(*arguments[1:]))(
+        params, jnp.asarray(xt), jnp.asarray(t, jnp.int32)
+    )
+    expected = unet_reference.unet(
+        float64(params), xt.astype(np.float64), t, channels=6, levels=2, num_res_blocks=2, attention_resolutions=(2,),
+        num_groups=32, block=2,
+    )  # fmt: skip
+    assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_time_and_labels_and_neighbours(params, apply):
+    """Time and label change the output of their image, and of no other."""
+    xt = jnp.repeat(jnp.asarray(images(13, (1, *SHAPE[1:]))), 2, axis=0)
+
+    def call(t, labels):
+        return np.asarray(apply(params, xt, jnp.asarray(t), jnp.asarray(labels)))
+
+    same = call([500, 500], [1, 1])
+    assert_close(same[0], same[1], atol=1e-5)
+    for other in (call([500, 510], [1, 1]), call([500, 500], [1, 2])):
+        assert_close(other[0], same[0], atol=1e-5)
+        assert np.abs(other[1] - same[1]).max() > 0.01
+
+
+def test_labels_for_a_network_without_classes():
+    unet = UNet(**SMALL, multipliers=(1,))
+    with pytest.raises(ValueError, match="set num_classes"):
+        jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+
+
+def test_labels_in_the_first_call_do_not_change_the_parameters():
+    arguments = jax.random.key(0), jnp.zeros(SHAPE), jnp.zeros(2, jnp.int32)
+    with_labels = jax.eval_shape(UNET.init, *arguments, jnp.zeros(2, jnp.int32))
+    without = jax.eval_shape(UNET.init, *arguments)
+    assert jax.tree.structure(with_labels) == jax.tree.structure(without)
+    assert jax.tree.leaves(with_labels) == jax.tree.leaves(without)
+
+
+def training_arguments(params, seed):
+    return params, jnp.asarray(images(11)), jnp.asarray([3, 900]), jax.random.key(seed)
+
+
+def test_dropout_acts_in_training_alone(params, train, apply):
+    _, first = train(*training_arguments(params, 0))
+    _, again = train(*training_arguments(params, 0))
+    _, other = train(*training_arguments(params, 1))
+    still = apply(*training_arguments(params, 0)[:3], jnp.asarray([0, 2]))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - still).max() > 0.1
+
+
+def test_dropout_drops_its_share_between_activation_and_second_convolution():
+    """With conv2 an identity, the block shows silu(norm2(...)): each entry is dropped, or divided by 1 - rate."""
+    block = ResBlock(8, dropout=0.25, num_groups=4, dtype=jnp.float32)
+    x, temb = jnp.asarray(images(14, (4, 12, 12, 8))), jnp.asarray(images(15, (4, 16)))
+    shapes = jax.eval_shape(functools.partial(block.init, deterministic=True), jax.random.key(0), x, temb)["params"]
+    params = random_params(shapes, seed=4)
+    identity = np.zeros((3, 3, 8, 8), np.float32)
+    identity[1, 1] = np.eye(8)
+    params["conv2"] = {"kernel": identity, "bias": np.zeros(8, np.float32)}
+    still = np.asarray(block.apply({"params": params}, x, temb, True) - x)
+    dropped = np.asarray(block.apply({"params": params}, x, temb, False, rngs={"dropout": jax.random.key(0)}) - x)
+    kept = np.abs(dropped) > 1e-5
+    assert_close(dropped, np.where(kept, still / 0.75, 0.0), atol=1e-5)
+    clear = np.abs(still) > 1e-3
+    assert scipy.stats.binomtest(int(kept[clear].sum()), int(clear.sum()), 0.75).pvalue > P_VALUE
+
+
+def test_every_parameter_has_a_gradient(params, train):
+    gradient, _ = train(*training_arguments(params, 0))
+    largest = {name: np.abs(leaf).max() for name, leaf in leaves(gradient).items()}
+    # Adding a constant to all keys moves all logits of a query alike, which softmax ignores.
+    without = {name for name in largest if name.endswith("key/bias")}
+    assert len(without) == 4
+    scale = max(largest.values())
+    assert all((value > 1e-5 * scale) != (name in without) for name, value in largest.items()), largest
+
+
+def test_remat_changes_neither_output_nor_gradient(params, train):
+    again = training_output_and_grad(UNET.clone(remat=True))
+    arguments = training_arguments(params, 0)
+    (gradient, output), (gradient_again, output_again) = train(*arguments), again(*arguments)
+    assert_close(output_again, output, atol=1e-5)
+    # Sums over all pixels, in another order: relative to the largest entry of each.
+    for name, leaf in leaves(gradient).items():
+        scale = max(np.abs(leaf).max(), 1.0)
+        assert_close(leaves(gradient_again)[name] / scale, leaf / scale, atol=1e-5)
+    call = functools.partial(UNET.clone(remat=True).apply, train=True, rngs={"dropout": jax.random.key(0)})
+    program = jax.make_jaxpr(call)({"params": params}, *arguments[1:3])
+    assert sum(equation.primitive.name.startswith(("remat", "checkpoint")) for equation in equations(program.jaxpr)) == 8 + 4
+
+
+# bfloat16
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, also of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+HALF = UNET.clone(dtype=jnp.bfloat16)
+
+
+def test_bfloat16_is_close_to_float32(params, apply):
+    arguments = params, jnp.asarray(images(11)), jnp.asarray([3, 900]), jnp.asarray([0, 2])
+    half = jit(lambda params, *inputs: HALF.apply({"params": params}, *inputs))(*arguments)
+    full = np.asarray(apply(*arguments))
+    assert half.dtype == jnp.float32
+    # bfloat16 has 8 bits, an error of .4 % in each of some forty layers.
+    error = np.linalg.norm(half - full) / np.linalg.norm(full)
+    assert 1e-4 < error < 0.05
+
+
+def test_bfloat16_keeps_parameters_and_statistics_in_float32(params):
+    assert shapes_of(HALF, SHAPE[1:]) == shapes_of(UNET, SHAPE[1:])
+    call = functools.partial(HALF.apply, {"params": params})
+    program = jax.make_jaxpr(call)(jnp.zeros(SHAPE), jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32))
+    types = {}
+    for equation in equations(program.jaxpr):
+        types.setdefault(equation.primitive.name, []).append({v.aval.dtype.name for v in equation.invars})
+    blocks, attentions = 8, 4
+    assert types["exp"] == [{"float32"}] * attentions  # of softmax
+    assert types["rsqrt"] == [{"float32"}] * (2 * blocks + attentions + 1)  # of GroupNorm
+    assert all(dtypes == {"float32"} for name in ("reduce_sum", "reduce_max") for dtypes in types[name])
+    assert types["conv_general_dilated"] == [{"bfloat16"}] * (2 * blocks + 4)
+    shortcuts = 5  # down1_block0 and all on the way up
+    assert types["dot_general"] == [{"bfloat16"}] * (6 * attentions + blocks + shortcuts + 2)
+    assert program.out_avals[0].dtype == jnp.float32
