@@ -159,10 +159,29 @@ def _load_one(path: Path, weights: str, make_abstract: Callable[[Config], PyTree
     name = "ema" if weights == "ema" else "params"
     abstract = make_abstract(config)
     try:
+        stored = ocp.checkpointables_metadata(path).metadata[name]
+        _check_same_network(path, stored, abstract)
         params = ocp.load_checkpointables(path, {name: abstract})[name]
+    except InputError:
+        raise
     except Exception as error:  # see restore_newest
-        raise InputError(f"checkpoint {path} can't be read as the network of its config: {_first_line(error)}") from error
+        raise InputError(f"checkpoint {path} can't be read: {_first_line(error)}") from error
     return Weights(config, params, int(path.name))
+
+
+def _check_same_network(path: Path, stored: PyTree, abstract: PyTree) -> None:
+    """Raise InputError on the first array whose name or shape is not what the config's network has."""
+    found, wanted = _shapes(stored), _shapes(abstract)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            texts = [str(shapes.get(name, "absent")) for shapes in (found, wanted)]
+            what = f"{name} is {texts[0]}, not {texts[1]}"
+            raise InputError(f"checkpoint {path} holds another network than its config describes: {what}")
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(place, simple=True, separator="/"): tuple(leaf.shape) for place, leaf in leaves}
 
 
 def _stored_config(path: Path) -> Config:

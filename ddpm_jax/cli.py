@@ -24,7 +24,8 @@ T = TypeVar("T")
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Call main with the command line's arguments; turn bad input into one line on stderr and an exit status."""
     log_to_terminal()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports there what is raised as well
+    for name in ("absl", "asyncio"):  # Orbax reports there what is raised as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         main(sys.argv[1:])
     except InputError as error:
@@ -78,10 +79,10 @@ def option(argv: Sequence[str], name: str) -> str | None:
 def _one_line(text: str) -> str:
     """The message inside the frame that tyro draws around an error."""
     lines = (line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if "╭" not in line)
-    message = " ".join(re.sub(r"[│╰╯─]+", " ", line) for line in lines)
+    message = " ".join(re.sub(r"[│╰╯─]+", " ", " ".join(lines)).split())
     for rest in ("Argument helptext:", "For full helptext", "Similar options:"):
         message = message.partition(rest)[0]
-    return " ".join(message.split())
+    return message.strip()
 
 
 def _report(error: Any, status: int) -> int:

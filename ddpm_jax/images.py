@@ -52,10 +52,9 @@ def save_gif(path: Path, frames: UInt8[np.ndarray, "F N H W C"]) -> None:
     pictures = [to_pil(make_grid(frame)) for frame in frames]
     pause = int(1000 * GIF_SECONDS / len(pictures))
     durations = [pause] * (len(pictures) - 1) + [int(1000 * GIF_LAST_SECONDS)]
+    animation = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
     with whole_file(path) as file:
-        pictures[0].save(
-            file, format="gif", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
-        )
+        pictures[0].save(file, format="gif", optimize=False, **animation)  # optimising, Pillow mixes palettes up
 
 
 def save_npz(path: Path, images: UInt8[np.ndarray, "N H W C"]) -> None:

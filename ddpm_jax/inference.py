@@ -214,7 +214,7 @@ def abstract_params(config: Config, mesh: Mesh) -> PyTree:
     try:
         unet.check_resolution(*shape[:2])
     except ValueError as error:
-        raise InputError(f"the stored config contradicts itself: {error}") from error
+        raise InputError(f"the stored data.image_shape = {list(shape)} doesn't fit its network: {error}") from error
     return abstract_like(jax.eval_shape(lambda: init_params(unet, 0, shape)), replicated(mesh))
 
 

@@ -17,11 +17,6 @@ from ddpm_jax import Config, InputError
 ROOT = Path(__file__).parents[1]
 
 
-def defect(reason: str) -> pytest.MarkDecorator:
-    """Marks a test that fails on a known defect of the project; it complains once the defect is mended."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def load_script(path: str) -> ModuleType:
     """A script of the repository, such as "train.py", as a module."""
     file = ROOT / path

@@ -14,7 +14,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import defect, load_script, one_line_error
+from helpers import load_script, one_line_error
 from hypothesis import given
 
 from ddpm_jax import Config, DataConfig
@@ -253,13 +253,9 @@ def test_truncated_files(tmp_path, ending, share):
     whole = whole_file(tmp_path, ending)
     path = tmp_path / f"set{ending}"
     path.write_bytes(whole[: int(share * len(whole))])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # see the next test
-        one_line_error(load_arrays, path, fragments=[str(path), "can't be read"])
-        gc.collect()
+    one_line_error(load_arrays, path, fragments=[str(path), "can't be read"])
 
 
-@defect("np.load leaves an archive that it can't read open")
 @pytest.mark.usefixtures("without_type_checks")
 def test_truncated_archive_is_closed(tmp_path):
     path = tmp_path / "set.npz"
@@ -277,10 +273,7 @@ def test_truncated_archive_is_closed(tmp_path):
 def test_files_that_are_something_else(tmp_path, content, ending):
     path = tmp_path / f"set{ending}"
     path.write_bytes(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # see test_truncated_archive_is_closed
-        one_line_error(load_arrays, path, fragments=[str(path), "can't be read"])
-        gc.collect()
+    one_line_error(load_arrays, path, fragments=[str(path), "can't be read"])
 
 
 @pytest.mark.parametrize(("content", "ending"), [(".npz", ".npy"), (".npy", ".npz")])
@@ -307,6 +300,16 @@ def test_archives_without_images(tmp_path):
     one_line_error(load_arrays, tmp_path / "other.npz", fragments=["pixels", "y", "'images'"])
     np.savez(tmp_path / "nothing.npz")
     one_line_error(load_arrays, tmp_path / "nothing.npz", fragments=["'images'"])
+
+
+@pytest.mark.xfail(strict=True, reason="AttributeError: NumPy gives a member that is no array as bytes")
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_archive_members_that_are_no_arrays(tmp_path, name):
+    np.savez(tmp_path / "set.npz", **({"images": BYTES} if name == "labels" else {"other": BYTES}))
+    with zipfile.ZipFile(tmp_path / "set.npz", "a") as archive:
+        archive.writestr(name, "hello")
+    one_line_error(load_arrays, tmp_path / "set.npz", fragments=[str(tmp_path / "set.npz")])
 
 
 @pytest.mark.usefixtures("without_type_checks")
