@@ -160,6 +160,8 @@ def _load_one(path: Path, weights: str, make_abstract: Callable[[Config], PyTree
     abstract = make_abstract(config)
     try:
         stored = ocp.checkpointables_metadata(path).metadata[name]
+        if stored is None:
+            raise InputError(f"checkpoint {path} can't be read: the description of its {weights} weights is missing")
         _check_same_network(path, stored, abstract)
         params = ocp.load_checkpointables(path, {name: abstract})[name]
     except InputError:
