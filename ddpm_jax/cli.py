@@ -32,6 +32,9 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.exit(_report(error, 2))
     except NonFiniteLossError as error:
         sys.exit(_report(error, 1))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        sys.exit(0)
     except OSError as error:  # a full disk, a folder without permission
         sys.exit(_report(error, 2))
     except jax.errors.JaxRuntimeError as error:

@@ -62,6 +62,8 @@ def validate(config: "Config") -> None:
     _require(o.optimizer == "adamw" or o.weight_decay == 0, "optim.weight_decay", o.weight_decay, "adam has none, use adamw")
     for name in ("learning_rate", "eps", "weight_decay"):
         _require(math.isfinite(getattr(o, name)), f"optim.{name}", getattr(o, name), "must be finite")
+    for name, value in {"diffusion.beta_start": d.beta_start, "diffusion.beta_end": d.beta_end}.items():
+        _require(0 < value < 1, name, value, "must lie in (0, 1)")
     config_schedule(config)
     try:
         spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing)

@@ -302,7 +302,6 @@ def test_archives_without_images(tmp_path):
     one_line_error(load_arrays, tmp_path / "nothing.npz", fragments=["'images'"])
 
 
-@pytest.mark.xfail(strict=True, reason="AttributeError: NumPy gives a member that is no array as bytes")
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("name", ["images", "labels"])
 def test_archive_members_that_are_no_arrays(tmp_path, name):

@@ -91,10 +91,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             if file.read(len(NPY_MAGIC)) == NPY_MAGIC:
                 return {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
             file.seek(0)
+            if not zipfile.is_zipfile(file):
+                raise InputError(f"{path} can't be read as a NumPy file: save images with numpy.save or numpy.savez")
+            file.seek(0)
             arrays = np.load(file, allow_pickle=False)
             if "images" not in arrays:
                 raise InputError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, but no array called 'images'")
-            return {name: arrays[name] for name in ("images", "labels") if name in arrays}
+            found = {name: arrays[name] for name in ("images", "labels") if name in arrays}
+            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                raise InputError(f"{path}: 'images' and 'labels' must be arrays")
+            return found
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, InputError):
             raise
