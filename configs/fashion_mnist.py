@@ -25,6 +25,7 @@ config = Config(
     train=TrainConfig(
         batch_size=16,
         num_steps=6500,
+        steps_per_dispatch=10,
         log_every_steps=50,
         checkpoint_every_steps=1000,
         keep_every_steps=None,

@@ -17,6 +17,7 @@ import tyro
 from ddpm_jax.config import unknown_name
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.metrics import log_to_terminal
+from ddpm_jax.parallel import keep_compiled
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Call main with the command line's arguments; turn bad input into one line on stderr and an exit status."""
     log_to_terminal()
+    keep_compiled()
     for name in ("absl", "asyncio"):  # Orbax reports there what is raised as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:

@@ -113,6 +113,9 @@ class TrainConfig:
     """Images of one step, over all devices."""
     num_steps: int = 800_000
     """Steps to train in all, counted from the first start of the run."""
+    steps_per_dispatch: int = 1
+    """Steps that the device makes in one go where nothing is written between them; pays where a step takes milliseconds, or
+    on a CPU. Ctrl-C takes effect after them."""
     log_every_steps: int = 100
     """Steps between two lines of metrics, which hold the mean over these steps."""
     checkpoint_every_steps: int = 5000
@@ -160,6 +163,7 @@ class Config:
 # Fields that may change between two starts of the same run: they decide what is written, not what is computed.
 HARMLESS = (
     "train.num_steps",
+    "train.steps_per_dispatch",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_last",

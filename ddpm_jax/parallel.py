@@ -6,7 +6,9 @@ random numbers, drawn by position in the global batch, are the same on both.
 """
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,9 +34,9 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis split over the devices, by default the first."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -66,6 +68,18 @@ def run_once(mesh: Mesh, function: Callable[[], Any]) -> Any:
     """function() as one program, replicated over the mesh; on a CPU compiled quickly rather than to run quickly."""
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     return jax.jit(function, out_shardings=replicated(mesh), compiler_options=quick)()
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs in the user's cache folder, so that the next start of a program needn't compile it again.
+
+    JAX's own variables decide where (JAX_COMPILATION_CACHE_DIR) and whether at all (JAX_ENABLE_COMPILATION_CACHE=false).
+    """
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:

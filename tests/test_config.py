@@ -204,6 +204,7 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "optim.ema_decay": ([-0.1, 1], [0]),
     "train.batch_size": ([0, -128], [1]),
     "train.num_steps": ([0, -1], [1]),
+    "train.steps_per_dispatch": ([0], [1]),
     "train.log_every_steps": ([0], [1]),
     "train.checkpoint_every_steps": ([0], [1]),
     "train.keep_last": ([0], [1]),
@@ -311,7 +312,8 @@ def test_a_list_in_a_config_file_is_a_tuple(tmp_path):
 
 # Decides what is written or how it is laid out, not what a run computes.
 HARMLESS = {name for name in FIELDS if name.startswith("sample.")} | {
-    "data.device_megabytes", "train.num_steps", "train.log_every_steps", "train.checkpoint_every_steps", "train.keep_last",
+    "data.device_megabytes", "train.num_steps", "train.steps_per_dispatch", "train.log_every_steps",
+    "train.checkpoint_every_steps", "train.keep_last",
     "train.keep_every_steps", "train.preview_every_steps", "train.preview_images",
 }  # fmt: skip
 

@@ -344,18 +344,26 @@ def test_an_epoch_shows_each_image_once(seed, num_images, batch_size):
     """Also where the batch does not divide the set, or is larger than it."""
     indices = make_order(seed, num_images, batch_size)
     num_steps = -(-3 * num_images // batch_size)
-    stream = np.concatenate([indices(step) for step in range(num_steps)])
+    stream = np.concatenate([indices(step, 1)[0] for step in range(num_steps)])
     assert stream.dtype == np.int32 and len(stream) == num_steps * batch_size
     for epoch in range(3):
         assert sorted(stream[epoch * num_images : (epoch + 1) * num_images].tolist()) == list(range(num_images))
+
+
+@given(seeds, st.integers(0, 9), st.integers(1, 6))
+def test_many_steps_at_once_are_those_steps(seed, step, count):
+    indices = make_order(seed, 20, 7)
+    together = indices(step, count)
+    assert together.shape == (count, 7) and together.dtype == np.int32
+    np.testing.assert_array_equal(together, np.concatenate([indices(step + i, 1) for i in range(count)]))
 
 
 @given(seeds, st.permutations(range(12)))
 def test_order_depends_on_seed_and_step_alone(seed, steps):
     """Not on the steps that were asked for before."""
     forwards, shuffled = make_order(seed, 20, 7), make_order(seed, 20, 7)
-    expected = [forwards(step).tolist() for step in range(12)]
-    assert [shuffled(step).tolist() for step in steps] == [expected[step] for step in steps]
+    expected = [forwards(step, 1).tolist() for step in range(12)]
+    assert [shuffled(step, 1).tolist() for step in steps] == [expected[step] for step in steps]
 
 
 def test_orders_of_other_seeds_and_epochs_differ():
@@ -391,7 +399,8 @@ def batch_config(megabytes, **values):
 
 
 def drawn(config, image_set, start, stop):
-    return [jax.tree.map(np.asarray, batch) for batch in batches(config, image_set, make_mesh(), start, stop)]
+    stacks = batches(config, image_set, make_mesh(), range(start, stop))
+    return [jax.tree.map(lambda array: np.asarray(array)[0], stack) for stack in stacks]
 
 
 @pytest.mark.parametrize("megabytes", [512, 0], ids=["on the device", "from the host"])
@@ -441,14 +450,14 @@ def test_another_seed_gives_another_order(numbered):
 @pytest.mark.parametrize("megabytes", [512, 0], ids=["on the device", "from the host"])
 def test_batches_are_split_over_the_devices(numbered, megabytes):
     assert jax.device_count() == 8
-    config = batch_config(megabytes, **{"train.batch_size": 16})
-    (batch,) = batches(config, numbered, make_mesh(), 2, 3)
-    whole = make_order(config.seed, NUM_IMAGES, 16)(2)
+    config = batch_config(megabytes, **{"train.batch_size": 16, "train.steps_per_dispatch": 3})
+    (batch,) = batches(config, numbered, make_mesh(), [2])
+    whole = make_order(config.seed, NUM_IMAGES, 16)(2, 3)
     for array, expected in ((batch.images[..., 0, 0, 0], whole), (batch.labels, whole + 100)):
         assert len(array.sharding.device_set) == 8
         for shard in array.addressable_shards:
             place = 2 * jax.devices().index(shard.device)
-            np.testing.assert_array_equal(np.asarray(shard.data), expected[place : place + 2])
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[:, place : place + 2])
 
 
 def test_labels_stay_at_home_where_the_network_has_no_classes(numbered):

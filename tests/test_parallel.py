@@ -1,6 +1,9 @@
 """Devices: the same numbers on one device and on eight, and jax.pmap as a witness for the sharded program."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +162,8 @@ def runs():
         initial, states, metrics = jax.device_get(state), [], []
         step = make_train_step(CONFIG, config_schedule(CONFIG), UNET, OPTIMIZER)
         train_step = jax.jit(step, compiler_options=QUICK)
-        for batch in batches(CONFIG, IMAGES, mesh, 0, 3):
+        for stack in batches(CONFIG, IMAGES, mesh, range(3)):
+            batch = jax.tree.map(lambda array: array[0], stack)
             state, metric = train_step(state, batch)
             states.append(state)
             metrics.append(jax.device_get(metric))
@@ -252,3 +256,29 @@ def test_pmap_of_the_gradient_agrees_with_the_sharded_program(runs):
     np.testing.assert_allclose(by_pmap[0], by_jit[0], rtol=RTOL)
     assert_trees_close(by_pmap[1], by_jit[1])
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(by_jit[1])) > 0.01
+
+
+# --- compiled programs kept in the user's cache folder
+
+COMPILES = """
+import jax
+from ddpm_jax.parallel import keep_compiled
+keep_compiled()
+jax.jit(lambda x: x * 3)(1.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({}, "home/ddpm_jax/compiled"),
+        ({"JAX_COMPILATION_CACHE_DIR": "other"}, "other"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, None),
+    ],
+    ids=["default", "elsewhere", "off"],
+)
+def test_compiled_programs_are_kept(tmp_path, variables, folder):
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "home"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
+    subprocess.run([sys.executable, "-c", COMPILES], cwd=tmp_path, env=env, check=True)
+    kept = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*-cache")}
+    assert kept == ({folder} if folder else set())

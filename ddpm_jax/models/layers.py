@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddpm_jax.models.convolution import Padding, conv_general_dilated
+
 GROUP_NORM_EPS = 1e-6
 
 
@@ -24,9 +26,19 @@ def init_scale(scale: float = 1.0) -> Callable[..., Any]:
 ZERO = 1e-10
 
 
-def conv3x3(features: int, dtype: Any, scale: float = 1.0, name: str | None = None) -> nn.Conv:
-    """A 3x3 convolution that keeps the resolution."""
-    return nn.Conv(features, (3, 3), padding="SAME", kernel_init=init_scale(scale), dtype=dtype, name=name)
+def conv3x3(
+    features: int,
+    dtype: Any,
+    scale: float = 1.0,
+    stride: int = 1,
+    padding: Padding = ((1, 1), (1, 1)),
+    name: str | None = None,
+) -> nn.Conv:
+    """A 3x3 convolution; by default one that keeps the resolution."""
+    return nn.Conv(
+        features, (3, 3), stride, padding, kernel_init=init_scale(scale), dtype=dtype, name=name,
+        conv_general_dilated=conv_general_dilated,
+    )  # fmt: skip
 
 
 def dense(features: int, dtype: Any, scale: float = 1.0, name: str | None = None) -> nn.Dense:
@@ -83,9 +95,7 @@ class Attention(nn.Module):
 
 def downsample(x: Float[Array, "B H W C"], dtype: Any, name: str) -> Float[Array, "B H2 W2 C"]:
     """A 3x3 convolution of stride 2, padded on the right and at the bottom only, as TensorFlow's SAME does."""
-    padding = ((0, 1), (0, 1))
-    conv = nn.Conv(x.shape[-1], (3, 3), 2, padding, kernel_init=init_scale(), dtype=dtype, name=name)
-    return conv(x)
+    return conv3x3(x.shape[-1], dtype, stride=2, padding=((0, 1), (0, 1)), name=name)(x)
 
 
 def upsample(x: Float[Array, "B H W C"], dtype: Any, name: str) -> Float[Array, "B H2 W2 C"]:

@@ -1,6 +1,7 @@
 """The training loop: data, steps, and what is written along the way, read from top to bottom."""
 
 import dataclasses
+import functools
 import logging
 import math
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from ddpm_jax.checkpoint import (
@@ -24,17 +26,17 @@ from ddpm_jax.checkpoint import (
     save,
     write_config,
 )
-from ddpm_jax.config import Config, flatten, override
+from ddpm_jax.config import Config, TrainConfig, flatten, override
 from ddpm_jax.data import ImageSet, batches, load_images
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
 from ddpm_jax.models import make_unet, num_params
-from ddpm_jax.parallel import check_batch_size, compile_for, make_mesh, replicated, run_once
+from ddpm_jax.parallel import check_batch_size, compile_for, make_mesh, put, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState, init_state
-from ddpm_jax.training.step import Metrics, make_train_step
+from ddpm_jax.training.step import Metrics, make_train_step, make_train_steps
 from ddpm_jax.validation import config_schedule
 
 logger = logging.getLogger("ddpm_jax")
@@ -73,18 +75,21 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         logger.info("resuming %s from step %d", workdir, start)
 
     train_step = make_train_step(config, config_schedule(config), unet, optimizer)
-    train_step = compile_for(mesh, train_step, donate_argnums=0, out_shardings=replicated(mesh))
+    train_steps = make_train_steps(train_step, config.train.steps_per_dispatch)
+    train_steps = compile_for(mesh, train_steps, donate_argnums=0, out_shardings=replicated(mesh))
+    spans = functools.partial(dispatches, config.train, start)
     with (
         _stop_signals() as stop,
         open_checkpoints(workdir, config) as checkpoints,
         _Recorder(config, workdir, start, mesh, checkpoints) as recorder,
     ):
-        pending: tuple[int, Metrics] | None = None
-        for step, batch in enumerate(batches(config, image_set, mesh, start, total), start + 1):
-            state, metrics = train_step(state, batch)
-            if pending is not None:  # one step behind, so that the devices never wait for the host
+        pending: tuple[range, Metrics] | None = None
+        step = start
+        for steps, batch in zip(spans(), batches(config, image_set, mesh, (span.start for span in spans())), strict=True):
+            state, metrics = train_steps(state, batch, put(np.int32(len(steps)), replicated(mesh)))
+            if pending is not None:  # one dispatch behind, so that the devices never wait for the host
                 recorder.take(*pending)
-            pending = step, metrics
+            pending, step = (steps, metrics), steps.stop
             last = step == total or stop.is_set()
             if last or step % config.train.checkpoint_every_steps == 0:
                 recorder.take(*pending)
@@ -94,8 +99,6 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 recorder.preview(step, state)
             if last:
                 break
-        else:
-            step = start
         checkpoints.wait()
     if step < total:
         logger.info("stopped at step %d of %d and saved; the same command goes on from there", step, total)
@@ -103,6 +106,15 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         plot_loss(workdir)
         logger.info("trained %d steps; next: python sample.py --ckpt %s", total, workdir)
     return state
+
+
+def dispatches(config: TrainConfig, start: int) -> Iterator[range]:
+    """The steps from start to train.num_steps in the parts that are dispatched together: nothing is due within a part."""
+    due = (config.log_every_steps, config.checkpoint_every_steps, config.preview_every_steps or config.num_steps)
+    while start < config.num_steps:
+        stop = min(start + config.steps_per_dispatch, config.num_steps, *((start // every + 1) * every for every in due))
+        yield range(start, stop)
+        start = stop
 
 
 def fit_to_data(config: Config, image_set: ImageSet) -> Config:
@@ -144,12 +156,15 @@ class _Recorder:
         self._progress.__exit__(None, None, None)
         self._writer.close()
 
-    def take(self, step: int, metrics: Metrics) -> None:
-        """Read a step's metrics, and write the record that is due. Raises NonFiniteLossError."""
-        loss, grad_norm, learning_rate = (float(value) for value in jax.device_get(metrics))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteLossError(self._diverged(step, loss, grad_norm))
-        self._meter.add(loss, grad_norm, learning_rate)
+    def take(self, steps: range, metrics: Metrics) -> None:
+        """Read the metrics of steps, counted from 0, and write the record that is due. Raises NonFiniteLossError."""
+        values = jax.device_get(metrics)
+        step = steps.start
+        for loss, grad_norm, learning_rate in zip(*(value[: len(steps)].tolist() for value in values), strict=True):
+            step += 1
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise NonFiniteLossError(self._diverged(step, loss, grad_norm))
+            self._meter.add(loss, grad_norm, learning_rate)
         self._progress.advance(step)
         if step % self._config.train.log_every_steps == 0 or step == self._config.train.num_steps:
             record = self._meter.record()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import Batch
@@ -18,14 +18,15 @@ from ddpm_jax.training.state import TrainState, ema_decay, ema_update
 
 
 class Metrics(NamedTuple):
-    """What one step tells about itself."""
+    """What a step tells about itself, or each of K steps."""
 
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
+    loss: Float[Array, "*K"]
+    grad_norm: Float[Array, "*K"]
+    learning_rate: Float[Array, "*K"]
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainSteps = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics]]
 
 
 def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: optax.GradientTransformation) -> TrainStep:
@@ -44,6 +45,23 @@ def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: o
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return train_step
+
+
+def make_train_steps(train_step: TrainStep, max_count: int) -> TrainSteps:
+    """The function (state, batches [K, B, ...], count) -> (state, metrics [K]) that makes the first count <= K steps.
+
+    One loop for any count, so that the numbers don't depend on where a run is interrupted. K = 1 needs none, and no count.
+    """
+
+    def train_steps(state: TrainState, batches: Batch, count: Int[Array, ""]) -> tuple[TrainState, Metrics]:
+        def body(i: Array | int, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = train_step(carry[0], jax.tree.map(lambda x: x[i], batches))
+            return state, jax.tree.map(lambda all_steps, one: all_steps.at[i].set(one), carry[1], metrics)
+
+        empty = Metrics(*jnp.zeros((len(Metrics._fields), max_count)))
+        return body(0, (state, empty)) if max_count == 1 else jax.lax.fori_loop(0, count, body, (state, empty))
+
+    return train_steps
 
 
 def make_loss_and_grad(

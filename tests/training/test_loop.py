@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import PixelNet
 from PIL import Image
 
@@ -26,6 +28,7 @@ from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.parallel import make_mesh, replicated
 from ddpm_jax.training import loop
 from ddpm_jax.training.step import make_train_step as library_train_step
+from ddpm_jax.training.step import make_train_steps as library_train_steps
 
 
 def make_pixel_net(config, channels):
@@ -42,6 +45,11 @@ def make_train_step(config, *args):
     return COMPILED.setdefault(key, library_train_step(config, *args))
 
 
+def make_train_steps(train_step, count):
+    """Likewise."""
+    return COMPILED.setdefault((train_step, count), library_train_steps(train_step, count))
+
+
 def compile_for(mesh, function, **options):
     """Compiled once, quickly."""
     if function not in COMPILED:
@@ -56,6 +64,7 @@ def small_world():
         patch.setattr(loop, "make_unet", make_pixel_net)
         patch.setattr(inference, "make_unet", make_pixel_net)
         patch.setattr(loop, "make_train_step", make_train_step)
+        patch.setattr(loop, "make_train_steps", make_train_steps)
         patch.setattr(loop, "compile_for", compile_for)
         inference.make_draw.cache_clear()
         yield
@@ -165,6 +174,31 @@ def test_stopping_and_going_on_is_the_uninterrupted_run(config, whole, tmp_path,
     assert without_speed(records(tmp_path)) == without_speed(records(whole.workdir))
 
 
+@pytest.mark.parametrize("together", [3, 100])
+def test_steps_dispatched_together_train_the_same(config, whole, tmp_path, together):
+    """Also where records and checkpoints, due every 3 and 4 steps, cut the parts short."""
+    config = with_train(config, steps_per_dispatch=together)
+    loop.train(with_train(config, num_steps=5), tmp_path)
+    state = loop.train(config, tmp_path)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert_same_bits(loop.train(config, tmp_path / "again"), state)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.none() | st.integers(1, 9), st.integers(0, 12))
+def test_nothing_is_due_within_a_dispatch(together, log, checkpoint, preview, start):
+    train = TrainConfig(
+        num_steps=40, steps_per_dispatch=together, log_every_steps=log, checkpoint_every_steps=checkpoint,
+        preview_every_steps=preview,
+    )  # fmt: skip
+    parts = list(loop.dispatches(train, start))
+    assert [step for part in parts for step in part] == list(range(start, 40))
+    for part in parts:
+        assert 1 <= len(part) <= together
+        within = range(part.start + 1, part.stop)
+        assert not [step for step in within for every in (log, checkpoint, preview) if every and step % every == 0]
+
+
 def test_images_sent_batch_by_batch_train_the_same(config, whole, tmp_path):
     streamed = dataclasses.replace(config, data=dataclasses.replace(config.data, device_megabytes=0))
     assert_same_bits(loop.train(streamed, tmp_path), whole.state)
@@ -216,8 +250,8 @@ def test_a_finished_run_stays_as_it_is(config, tmp_path, log):
 def test_a_signal_saves_and_stops(config, whole, tmp_path, monkeypatch, log, number):
     loop_batches = loop.batches
 
-    def batches(config, image_set, mesh, start, stop):
-        for step, batch in enumerate(loop_batches(config, image_set, mesh, start, stop), start + 1):
+    def batches(*args):
+        for step, batch in enumerate(loop_batches(*args), 1):
             if step == 6:
                 os.kill(os.getpid(), number)
             yield batch
@@ -251,13 +285,13 @@ def diverge(monkeypatch, at_step, field):
     def compile_diverging(mesh, function, **options):
         train_step = compile_for(mesh, function, **options)
 
-        def diverging(state, batch):
+        def diverging(state, batch, count):
             bad = int(state.step) >= at_step - 1
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, count)
             if not bad:
                 return state, metrics
             params = jax.tree.map(lambda x: x * jnp.nan, state.params)
-            return state._replace(params=params), metrics._replace(**{field: jnp.float32(jnp.nan)})
+            return state._replace(params=params), metrics._replace(**{field: jnp.full((1,), jnp.nan)})
 
         return diverging
 

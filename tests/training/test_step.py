@@ -1,6 +1,7 @@
 """The train step: its arithmetic by hand, its randomness, and how it runs."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, Op
 from ddpm_jax.data.pipeline import Batch, batches
 from ddpm_jax.data.sources import ImageSet
 from ddpm_jax.models import make_unet
-from ddpm_jax.parallel import compile_for, make_mesh, run_once
+from ddpm_jax.parallel import compile_for, make_mesh, put, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import init_state
-from ddpm_jax.training.step import make_loss_and_grad, make_train_step, random_flip, to_float
+from ddpm_jax.training.step import make_loss_and_grad, make_train_step, make_train_steps, random_flip, to_float
 from ddpm_jax.validation import config_schedule
 
 RTOL, ATOL = 1e-5, 1e-6
@@ -337,34 +338,63 @@ def running(request):
     """[state], a compiled step that has run once, and the batches that follow; each test leaves its last state."""
     mesh = make_mesh(jax.devices()[: request.param])
     state, train_step = prepare(CONFIG, network(PixelNet, CONFIG), mesh)
-    train_step = compile_for(mesh, train_step, donate_argnums=0)
-    stream = batches(CONFIG, ImageSet(random_images(20)), mesh, 0, 100)
-    state, metrics = train_step(state, next(stream))
+    train_steps = compile_for(mesh, make_train_steps(train_step, 3), donate_argnums=0, out_shardings=replicated(mesh))
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps_per_dispatch=3))
+    stream = batches(config, ImageSet(random_images(20)), mesh, range(100))
+    counts = put([np.int32(2), np.int32(3)], replicated(mesh))
+    calls = ((next(stream), counts[number % 2]) for number in itertools.count())
+    state, metrics = train_steps(state, *next(calls))
     jax.block_until_ready(metrics)
-    return [state], train_step, stream
+    return [state], train_steps, calls
 
 
 def test_the_step_is_compiled_once(running):
-    holder, train_step, stream = running
+    holder, train_steps, calls = running
     for _ in range(5):
-        holder[0], _ = train_step(holder[0], next(stream))
-    assert train_step._cache_size() == 1
+        holder[0], _ = train_steps(holder[0], *next(calls))
+    assert train_steps._cache_size() == 1
 
 
 def test_steps_move_nothing_behind_the_back(running):
     """Under the guard an implicit transfer raises; on a CPU that holds for those to the device and between devices."""
-    holder, train_step, stream = running
+    holder, train_steps, calls = running
     with jax.transfer_guard("disallow"):
         with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
             jnp.square(np.ones(3, np.float32))
         for _ in range(4):
-            holder[0], metrics = train_step(holder[0], next(stream))
+            holder[0], metrics = train_steps(holder[0], *next(calls))
             jax.device_get(metrics)
 
 
 def test_the_old_state_is_given_up(running):
-    holder, train_step, stream = running
+    holder, train_steps, calls = running
     old = holder[0]
-    holder[0], _ = train_step(old, next(stream))
+    holder[0], _ = train_steps(old, *next(calls))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(holder[0]))
+
+
+def test_steps_made_together_are_the_steps_made_one_by_one():
+    """The same numbers for any count, and for the metrics of steps that were not made, none."""
+    mesh = make_mesh(jax.devices()[:1])
+    first, train_step = prepare(CONFIG, network(PixelNet, CONFIG), mesh)
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps_per_dispatch=4))
+    (stack,) = batches(config, ImageSet(random_images(20)), mesh, [0])
+    state, expected = first, []
+    for i in range(4):
+        state, metrics = quick(train_step)(state, jax.tree.map(lambda array, i=i: array[i], stack))
+        expected.append(metrics)
+    together = quick(make_train_steps(train_step, 4))
+    whole, metrics = together(first, stack, jnp.int32(4))
+    assert int(whole.step) == 4
+    for got, wanted in zip(jax.tree.leaves((whole, metrics)), jax.tree.leaves((state, stacked(expected))), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    half, metrics = together(first, stack, jnp.int32(2))
+    np.testing.assert_array_equal(metrics.learning_rate[2:], 0)
+    rest, _ = together(half, jax.tree.map(lambda array: jnp.roll(array, -2, axis=0), stack), jnp.int32(2))
+    for got, wanted in zip(jax.tree.leaves(rest), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def stacked(metrics):
+    return jax.tree.map(lambda *values: np.stack(values), *metrics)

@@ -1,0 +1,106 @@
+"""The convolutions for CPUs against the sum that defines a convolution, in float64, and against the compiler's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models import convolution
+from ddpm_jax.models.convolution import conv3x3_cpu, conv_general_dilated
+
+SAME, LOW = ((1, 1), (1, 1)), ((0, 1), (0, 1))
+
+# (batch, height, width, channels, features): direct, Winograd at once, Winograd in parts, odd, narrow, single images
+SHAPES = [(2, 6, 4, 3, 5), (4, 8, 8, 64, 64), (4, 8, 8, 96, 64), (2, 7, 9, 64, 64), (3, 10, 6, 64, 80), (1, 16, 16, 64, 64)]
+
+
+def draw(shape, seed=0):
+    batch, height, width, channels, features = shape
+    keys = jax.random.split(jax.random.key(seed), 2)
+    x = jax.random.normal(keys[0], (batch, height, width, channels))
+    return x, jax.random.normal(keys[1], (3, 3, channels, features))
+
+
+def reference(x, kernel, stride, padding):
+    """y[b, i, j, o] = sum over k, l, c of x[b, s i + k - p, s j + l - p, c] kernel[k, l, c, o], and its gradients by dy = y."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = ((n - 3) // stride + 1 for n in padded.shape[1:3])
+    windows = {}
+    for k in range(3):
+        for i in range(3):
+            last_row, last_column = k + stride * (rows - 1) + 1, i + stride * (columns - 1) + 1
+            windows[k, i] = (slice(None), slice(k, last_row, stride), slice(i, last_column, stride))
+    y = sum(padded[window] @ kernel[place] for place, window in windows.items())
+    dx, dkernel = np.zeros_like(padded), np.zeros_like(kernel)
+    for place, window in windows.items():
+        dx[window] += y @ kernel[place].T
+        dkernel[place] = np.einsum("bijc,bijo->co", padded[window], y)
+    (top, _), (left, _) = padding
+    return y, dx[:, top : top + x.shape[1], left : left + x.shape[2]], dkernel
+
+
+def results(conv, x, kernel):
+    """Value, and the gradients of half its square."""
+    y, vjp = jax.vjp(conv, x, kernel)
+    return y, *vjp(y)
+
+
+def assert_close(got, expected):
+    """Relative 1e-5 of the largest entry: sums of terms of both signs are as precise as their terms, not as their result."""
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, SAME), (2, LOW), (2, SAME), (1, LOW)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_both_gradients(shape, stride, padding, monkeypatch):
+    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**19)  # the larger ones are computed in parts
+    x, kernel = draw(shape)
+    got = results(lambda x, kernel: conv3x3_cpu(x, kernel, stride, padding), x, kernel)
+    assert all(array.dtype == jnp.float32 for array in got)
+    assert_close(got, reference(x, kernel, stride, padding))
+
+
+def test_the_shapes_cover_both_algorithms_and_parts(monkeypatch):
+    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**19)
+    pays = [convolution._winograd_pays(shape[:4], shape[4], jnp.float32) for shape in SHAPES]
+    assert pays == [False, True, True, False, False, True]
+    assert [convolution._parts(draw(shape)[0], shape[4]) for shape in SHAPES] == [1, 1, 2, 1, 1, 1]
+
+
+def test_the_same_numbers_as_the_compilers_own():
+    x, kernel = draw((8, 16, 16, 128, 128))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
+    plain = results(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), SAME, **options), x, kernel)
+    ours = results(lambda x, kernel: conv_general_dilated(x, kernel, (1, 1), SAME, **options), x, kernel)
+    assert_close(ours, plain)
+
+
+def test_other_platforms_get_the_compilers_own(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x, kernel = draw((4, 8, 8, 64, 64))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    traced = str(jax.make_jaxpr(lambda x, kernel: conv_general_dilated(x, kernel, (1, 1), SAME, **options))(x, kernel))
+    assert "conv_general_dilated" in traced and "dot_general" not in traced and "custom_vjp" not in traced
+
+
+def test_bfloat16_is_left_to_the_compiler():
+    x, kernel = (array.astype(jnp.bfloat16) for array in draw((4, 8, 8, 64, 64)))
+    got = results(lambda x, kernel: conv3x3_cpu(x, kernel, 1, SAME), x, kernel)
+    assert all(array.dtype == jnp.bfloat16 for array in got)
+    expected = reference(x, kernel, 1, SAME)[0]
+    assert np.abs(np.asarray(got[0], np.float64) - expected).max() <= 2**-7 * np.abs(expected).max()
+
+
+def test_under_vmap_and_in_a_loop():
+    """Autodiff's own convolutions are slow in loops on a CPU; these are made to be used there."""
+    x, kernel = draw((4, 8, 8, 64, 64))
+
+    def gradient(kernel):
+        return jax.grad(lambda kernel: jnp.sum(jnp.square(conv3x3_cpu(x, kernel, 1, SAME))) / 2)(kernel)
+
+    expected = reference(x, kernel, 1, SAME)[2]
+    kernels = jnp.stack([kernel, kernel])
+    assert_close([jax.lax.map(gradient, kernels)[1], jax.vmap(gradient)(kernels)[0]], [expected, expected])
