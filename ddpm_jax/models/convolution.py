@@ -31,12 +31,12 @@ CACHE_BYTES = 2**23
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Padding, **options: Any) -> Array:
-    """`jax.lax.conv_general_dilated` for 3x3 kernels [3, 3, C, O] on images [B, H, W, C], as `flax.linen.Conv` calls it."""
-    if jax.default_backend() == "cpu":
-        (top, bottom), (left, right) = padding
-        return conv3x3_cpu(lhs, rhs, window_strides[0], ((top, bottom), (left, right)))
-    return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+def conv_general_dilated_cpu(
+    lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
+) -> Array:
+    """`conv3x3_cpu`, as `flax.linen.Conv` calls `jax.lax.conv_general_dilated`; its other options are the defaults."""
+    (top, bottom), (left, right) = padding
+    return conv3x3_cpu(lhs, rhs, window_strides[0], ((top, bottom), (left, right)))
 
 
 def conv3x3_cpu(

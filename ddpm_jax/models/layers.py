@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpm_jax.models.convolution import Padding, conv_general_dilated
+from ddpm_jax.models.convolution import Padding, conv_general_dilated_cpu
+from ddpm_jax.models.normalization import group_norm_cpu
 
 GROUP_NORM_EPS = 1e-6
 
@@ -24,6 +25,11 @@ def init_scale(scale: float = 1.0) -> Callable[..., Any]:
 
 
 ZERO = 1e-10
+
+
+def on_cpu() -> bool:
+    """Whether the layers' own programs for a CPU are used: the same parameters, and the same numbers up to rounding."""
+    return jax.default_backend() == "cpu"
 
 
 def conv3x3(
@@ -37,7 +43,7 @@ def conv3x3(
     """A 3x3 convolution; by default one that keeps the resolution."""
     return nn.Conv(
         features, (3, 3), stride, padding, kernel_init=init_scale(scale), dtype=dtype, name=name,
-        conv_general_dilated=conv_general_dilated,
+        conv_general_dilated=conv_general_dilated_cpu if on_cpu() else None,
     )  # fmt: skip
 
 
@@ -46,10 +52,28 @@ def dense(features: int, dtype: Any, scale: float = 1.0, name: str | None = None
     return nn.Dense(features, kernel_init=init_scale(scale), dtype=dtype, name=name)
 
 
-def group_norm(channels: int, num_groups: int, dtype: Any, name: str | None = None) -> nn.GroupNorm:
-    """GroupNorm with num_groups groups, or with their greatest common divisor with channels where that doesn't fit."""
-    groups = math.gcd(num_groups, channels)
-    return nn.GroupNorm(num_groups=groups, epsilon=GROUP_NORM_EPS, dtype=dtype, name=name)
+class GroupNorm(nn.Module):
+    """GroupNorm, and SiLU after it unless silu is off.
+
+    It has num_groups groups, or their greatest common divisor with the channels where that doesn't fit.
+    """
+
+    num_groups: int
+    dtype: Any
+    silu: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """The normalised images."""
+        channels = x.shape[-1]
+        groups = math.gcd(self.num_groups, channels)
+        if on_cpu() and x.dtype == jnp.float32:
+            scale = jnp.asarray(self.param("scale", nn.initializers.ones, (channels,)))
+            bias = jnp.asarray(self.param("bias", nn.initializers.zeros, (channels,)))
+            return group_norm_cpu(jnp.asarray(x), scale, bias, groups, GROUP_NORM_EPS, self.silu)
+        norm = nn.GroupNorm(groups, epsilon=GROUP_NORM_EPS, dtype=self.dtype)
+        nn.share_scope(self, norm)
+        return nn.silu(norm(x)) if self.silu else norm(x)
 
 
 class ResBlock(nn.Module):
@@ -63,10 +87,10 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], deterministic: bool) -> Float[Array, "B H W F"]:
         """The block's output, for time embedding temb; dropout is off where deterministic."""
-        h = nn.silu(group_norm(x.shape[-1], self.num_groups, self.dtype, "norm1")(x))
+        h = GroupNorm(self.num_groups, self.dtype, name="norm1")(x)
         h = conv3x3(self.features, self.dtype, name="conv1")(h)
         h = h + dense(self.features, self.dtype, name="time")(nn.silu(temb))[:, None, None, :]
-        h = nn.silu(group_norm(self.features, self.num_groups, self.dtype, "norm2")(h))
+        h = GroupNorm(self.num_groups, self.dtype, name="norm2")(h)
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
         h = conv3x3(self.features, self.dtype, scale=ZERO, name="conv2")(h)
         if x.shape[-1] != self.features:
@@ -84,7 +108,7 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """The layer's output."""
         batch, height, width, channels = x.shape
-        h = group_norm(channels, self.num_groups, self.dtype, "norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.num_groups, self.dtype, silu=False, name="norm")(x).reshape(batch, height * width, channels)
         q, k, v = (dense(channels, self.dtype, name=name)(h) for name in ("query", "key", "value"))
         logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(v.dtype)

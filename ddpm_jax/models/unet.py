@@ -15,12 +15,12 @@ from ddpm_jax.models.embedding import sinusoidal_embedding
 from ddpm_jax.models.layers import (
     ZERO,
     Attention,
+    GroupNorm,
     ResBlock,
     conv3x3,
     dense,
     depth_to_space,
     downsample,
-    group_norm,
     space_to_depth,
     upsample,
 )
@@ -111,7 +111,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = upsample(h, self.dtype, f"up{level}_upsample")
 
-        h = nn.silu(group_norm(h.shape[-1], self.num_groups, self.dtype, "norm_out")(h))
+        h = GroupNorm(self.num_groups, self.dtype, name="norm_out")(h)
         h = conv3x3(self.out_channels * self.space_to_depth**2, self.dtype, scale=ZERO, name="conv_out")(h)
         return depth_to_space(h, self.space_to_depth).astype(jnp.float32)
 

@@ -19,7 +19,7 @@ from reference import P_VALUE, assert_close
 from ddpm_jax import ModelConfig, UNet
 from ddpm_jax.models import bind, init_params, make_unet, num_params
 from ddpm_jax.models.embedding import sinusoidal_embedding
-from ddpm_jax.models.layers import Attention, ResBlock, depth_to_space, downsample, group_norm, space_to_depth, upsample
+from ddpm_jax.models.layers import Attention, GroupNorm, ResBlock, depth_to_space, downsample, space_to_depth, upsample
 
 FAST = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time of compilation, which is most of what these tests take."""
@@ -233,7 +233,7 @@ def test_upsample_repeats_pixels_and_convolves():
 @pytest.mark.parametrize(("channels", "num_groups", "groups"), [(64, 32, 32), (48, 32, 16), (7, 32, 1), (6, 4, 2)])
 def test_group_norm_has_eps_1e_6_and_groups_that_fit(channels, num_groups, groups):
     x = 1e-3 * images(3, (2, 4, 3, channels))  # with a variance of 1e-6, eps matters
-    actual, params = random_layer(group_norm(channels, num_groups, jnp.float32), jnp.asarray(x))
+    actual, params = random_layer(GroupNorm(num_groups, jnp.float32, silu=False), jnp.asarray(x))
     expected = unet_reference.group_norm(params, x.astype(np.float64), groups, eps=1e-6)
     assert_close(actual, expected)
     assert np.abs(expected - unet_reference.group_norm(params, x.astype(np.float64), groups, eps=1e-5)).max() > 0.1
