@@ -1,6 +1,6 @@
 """What the PyTorch peers do when it is their turn; run by speed.py, never imported beside JAX.
 
-python benchmarks/worker_torch.py PEER CASE TASK [BATCH]
+python benchmarks/worker_torch.py PEER CASE TASK BATCH
 """
 
 import sys
@@ -12,7 +12,6 @@ from cases import CASES, DDIM_STEPS, Case
 from turns import serve
 
 Run = Callable[[], int]
-PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compile", "lucidrains")
 
 
 class PatchNet(torch.nn.Module):

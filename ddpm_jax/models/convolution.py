@@ -3,7 +3,7 @@
 Two things are done differently from XLA's CPU compiler, which computes the same numbers up to rounding:
 
 - Gradients are written as convolutions in the one layout that it has a fast routine for. It rewrites those of autodiff
-  to that layout too, but not inside loops, where they would be a hundred times slower.
+  to that layout too, but not inside loops, where they would be tens of times slower.
 - Wide convolutions use Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308): each 4x4 tile d of the input gives
   2x2 outputs  A^T [(G g G^T) * (B^T d B)] A,  which takes 16 multiplications for each pair of channels instead of 36. Over
   all tiles that is 16 matrix products.

@@ -19,9 +19,7 @@ def group_norm_cpu(
     x: Float[Array, "B H W C"], scale: Float[Array, " C"], bias: Float[Array, " C"], num_groups: int, eps: float, silu: bool
 ) -> Float[Array, "B H W C"]:
     """y above, or h where silu is off; float32."""
-    mean, rstd = _statistics(x, num_groups, eps)
-    h = _normalise(x, scale, bias, mean, rstd)
-    return h * jax.nn.sigmoid(h) if silu else h
+    return _forward(x, scale, bias, num_groups, eps, silu)[0]
 
 
 def _forward(x: Array, scale: Array, bias: Array, num_groups: int, eps: float, silu: bool) -> tuple[Array, tuple[Array, ...]]:
