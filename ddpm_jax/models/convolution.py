@@ -1,15 +1,21 @@
 """3x3 convolutions for CPUs, for values and both gradients; elsewhere XLA's own are left alone.
 
-Two things are done differently from XLA's CPU compiler, which computes the same numbers up to rounding:
+Large convolutions of stride 1 are computed by algorithms that XLA's CPU compiler doesn't know. They give the same numbers
+up to rounding:
 
-- Gradients are written as convolutions in the one layout that it has a fast routine for. It rewrites those of autodiff
-  to that layout too, but not inside loops, where they would be tens of times slower.
-- Wide convolutions use Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308): each 4x4 tile d of the input gives
-  2x2 outputs  A^T [(G g G^T) * (B^T d B)] A,  which takes 16 multiplications for each pair of channels instead of 36. Over
-  all tiles that is 16 matrix products.
+- Values, and the gradient by the input, by Winograd's F(4, 3) along each row: with the matrices below, 6 pixels d of the
+  input give 4 of the output,  y = A^T [(G g) * (B^T d)],  so a 3x3 kernel becomes six of 3x1 that work on a quarter of the
+  pixels each, with half the multiplications (Winograd 1980; Lavin & Gray 2016, arXiv:1509.09308). In one dimension
+  it moves less memory than in two, and the rounding stays below 1e-5 of the largest value.
+- The gradient by the kernel, g[k, l] = sum over pixels of x shifted by (k, l) times dy, as one matrix product of x in its
+  three horizontal shifts with dy in its three vertical ones; by F(2x2, 3x3) in two dimensions where channels are many.
+  Both work on a few images at a time, so that what they write stays in the processor's cache.
+
+The others are written as convolutions in the one layout that the compiler has a fast routine for. It rewrites those of
+autodiff to that layout too, but not inside loops, where they would be tens of times slower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +23,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
-B = np.array([[1, 0, 0, 0], [0, 1, -1, 1], [-1, 1, 1, 0], [0, 0, 0, -1]])
-G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
-WINOGRAD_CHANNELS = 64
-"""Narrower convolutions are limited by memory, not by arithmetic, and don't gain."""
-WINOGRAD_TILES = 64
-"""With fewer tiles the transformed kernel costs more than is saved."""
-CACHE_BYTES = 2**23
-"""Images are transformed a few at a time, so that their transforms stay in the processor's cache."""
+def toom_cook(num_outputs: int, points: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A [P, outputs], G [P, 3], B [inputs, P] with  y[k] = sum over r of d[k + r] g[r] = A^T [(G g) * (B^T d)].
 
+    G and A evaluate polynomials at P points, the last at infinity. B follows: its column p is all that is left to choose
+    in  sum over p of A[p, k] G[p, r] B[m, p] = 1 where m = k + r, else 0.
+    """
+    a, g = (np.vstack([np.vander(points, n, increasing=True), np.eye(n)[-1:]]) for n in (num_outputs, 3))
+    products = np.einsum("pk,pr->krp", a, g).reshape(-1, len(a))
+    shifts = np.array([np.eye(num_outputs + 2)[k + r] for k in range(num_outputs) for r in range(3)])
+    return a, g, np.linalg.lstsq(products, shifts)[0].round(12).T
+
+
+A1, G1, B1 = toom_cook(4, (0, 0.75, -0.75, 1.5, -1.5))  # these points round half as much as 0, +-1, +-2
+A2, G2, B2 = toom_cook(2, (0, 1, -1))
+
+LARGE = 2e8
+"""Operations above which the algorithms pay: below, XLA's own routine has its data in the cache anyway."""
+MANY_CHANNELS = 128
+"""Channels from which arithmetic, not memory, limits the gradient by the kernel, so that two dimensions pay."""
+CACHE_BYTES = 2**22
+"""What may be written between two passes over some images."""
+
+SAME = ((1, 1), (1, 1))
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -69,15 +88,17 @@ def conv3x3_cpu(
 
 
 def _conv(x: Array, kernel: Array, padding: Any, stride: int = 1, spread: int = 1) -> Array:
-    """The convolution, with the pixels of x set `spread` apart; by Winograd's algorithm where that pays."""
-    if stride == spread == 1 and padding == ((1, 1), (1, 1)) and _winograd_pays(x.shape, kernel.shape[3], x.dtype):
+    """The convolution, with the pixels of x set `spread` apart."""
+    if stride == spread == 1 and padding == SAME and x.shape[2] % 4 == 0 and _is_large(x, kernel.shape[3]):
         return _winograd(x, kernel)
     return _direct(x, kernel, padding, (stride, stride), lhs_dilation=(spread, spread))
 
 
 def _kernel_gradient(x: Array, dy: Array, padding: Any, stride: int) -> Array:
-    if stride == 1 and padding == ((1, 1), (1, 1)) and _winograd_pays(x.shape, dy.shape[3], x.dtype):
-        return _winograd_kernel_gradient(x, dy)
+    if stride == 1 and padding == SAME and _is_large(x, dy.shape[3]):
+        even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+        wide = min(x.shape[3], dy.shape[3]) >= MANY_CHANNELS
+        return _kernel_gradient_winograd(x, dy) if even and wide else _kernel_gradient_shifts(x, dy)
     images, kernel = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)  # channels as batch, batch as channels
     return _direct(images, kernel, padding, (1, 1), rhs_dilation=(stride, stride)).transpose(1, 2, 0, 3)
 
@@ -86,66 +107,63 @@ def _direct(x: Array, kernel: Array, padding: Any, strides: tuple[int, int], **d
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **dilation)
 
 
-def _winograd_pays(shape: tuple[int, ...], features: int, dtype: Any) -> bool:
-    batch, height, width, channels = shape
-    even = height % 2 == width % 2 == 0
-    wide = min(channels, features) >= WINOGRAD_CHANNELS and batch * height * width // 4 >= WINOGRAD_TILES
-    return even and wide and dtype == jnp.float32
+def _is_large(x: Float[Array, "B H W C"], features: int) -> bool:
+    return 18 * x.size * features >= LARGE and min(x.shape[3], features) >= 32 and x.dtype == jnp.float32
 
 
 def _winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C O"]) -> Float[Array, "B H W O"]:
-    """The convolution of stride 1 that keeps the resolution."""
-    height, width = x.shape[1:3]
-    features = kernel.shape[3]
-    rows = _combine(G.T, list(kernel))
-    products = jnp.stack([product for row in rows for product in _combine(G.T, list(row))])  # [16, C, O]
+    """F(4, 3) along each row."""
+    width = x.shape[2]
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    tiles = _combine(B1, [padded[:, :, i : i + width - 3 : 4] for i in range(6)])
+    kernels = _combine(G1.T, [kernel[:, i] for i in range(3)])
+    above_and_below = ((1, 1), (0, 0))
+    products = [_direct(d, g[:, None], above_and_below, (1, 1)) for d, g in zip(tiles, kernels, strict=True)]
+    return jnp.stack(_combine(A1, products), axis=3).reshape(*x.shape[:3], -1)
 
-    def convolve(images: Float[Array, "N H W C"]) -> Float[Array, "N H W O"]:
-        tiles = jnp.einsum("ptc,pco->pto", _tiles(images), products)
-        grid = tiles.reshape(4, 4, len(images), height // 2, width // 2, features)
-        rows = _combine(A, [grid[i] for i in range(4)])
-        pixels = [jnp.stack(_combine(A, [row[j] for j in range(4)]), axis=3) for row in rows]
-        return jnp.stack(pixels, axis=2).reshape(len(images), height, width, features)
 
-    parts = _parts(x, features)
+def _kernel_gradient_shifts(x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"]) -> Float[Array, "3 3 C O"]:
+    (_, height, width, channels), features = x.shape, dy.shape[3]
+
+    def products(x: Array, dy: Array) -> Float[Array, "3 3 C O"]:
+        x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+        dy = jnp.pad(dy, ((0, 0), (1, 1), (0, 0), (0, 0)))
+        columns = jnp.concatenate([x[:, :, i : i + width] for i in range(3)], axis=3)
+        rows = jnp.concatenate([dy[:, 2 - i : 2 - i + height] for i in range(3)], axis=3)
+        return jnp.einsum("bhwc,bhwo->co", columns, rows).reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
+
+    return _sum_over_parts(products, x, dy, 3 * height * width * (channels + features))
+
+
+def _kernel_gradient_winograd(x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"]) -> Float[Array, "3 3 C O"]:
+    """F(2x2, 3x3), transposed: G^T [(B^T d B) * (A dy A^T)] G, the tiles d of 4x4 pixels 2 apart."""
+    (_, height, width, channels), features = x.shape, dy.shape[3]
+
+    def products(x: Array, dy: Array) -> Float[Array, "16 C O"]:
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        rows = _combine(B2, [x[:, i : i + height - 1 : 2] for i in range(4)])
+        tiles = [tile for row in rows for tile in _combine(B2, [row[:, :, j : j + width - 1 : 2] for j in range(4)])]
+        rows = _combine(A2.T, [dy[:, i::2] for i in range(2)])
+        spread = [column for row in rows for column in _combine(A2.T, [row[:, :, j::2] for j in range(2)])]
+        tiles, spread = (jnp.stack(arrays).reshape(16, -1, arrays[0].shape[-1]) for arrays in (tiles, spread))
+        return jnp.einsum("ptc,pto->pco", tiles, spread)
+
+    total = _sum_over_parts(products, x, dy, 4 * height * width * (channels + features) // 2)
+    rows = _combine(G2, list(total.reshape(4, 4, channels, features)))
+    return jnp.stack([jnp.stack(_combine(G2, list(row))) for row in rows])
+
+
+def _sum_over_parts(
+    function: Callable[[Array, Array], Array], x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"], image_values: int
+) -> Array:
+    """function(x, dy), a sum over images, in as many parts of the batch as keep image_values each below CACHE_BYTES."""
+    batch, image_bytes = len(x), image_values * x.dtype.itemsize
+    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and (batch // n * image_bytes <= CACHE_BYTES or n == batch))
     if parts == 1:
-        return convolve(x)
-    pieces = x.reshape(-1, parts, *x.shape[1:])  # every part with its share of each device's images
-
-    def fill(i: Array, y: Array) -> Array:
-        return y.at[:, i].set(convolve(pieces[:, i]))
-
-    empty = jnp.zeros((*pieces.shape[:-1], features), x.dtype)
-    return jax.lax.fori_loop(0, parts, fill, empty).reshape(*x.shape[:-1], features)
-
-
-def _winograd_kernel_gradient(x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"]) -> Float[Array, "3 3 C O"]:
-    """Gradient of a function of `_winograd(x, kernel)` by the kernel."""
-    channels, features = x.shape[3], dy.shape[3]
-
-    def products(images: Array, dy: Array) -> Float[Array, "16 C O"]:
-        rows = _combine(A.T, [dy[:, i::2] for i in range(2)])
-        spread = [column for row in rows for column in _combine(A.T, [row[:, :, j::2] for j in range(2)])]
-        return jnp.einsum("ptc,pto->pco", _tiles(images), jnp.stack(spread).reshape(16, -1, features))
-
-    parts = _parts(x, features)
-    if parts == 1:
-        total = products(x, dy)
-    else:
-        x, dy = (array.reshape(-1, parts, *array.shape[1:]) for array in (x, dy))
-        zero = jnp.zeros((16, channels, features), x.dtype)
-        total = jax.lax.fori_loop(0, parts, lambda i, total: total + products(x[:, i], dy[:, i]), zero)
-    rows = _combine(G, list(total.reshape(4, 4, channels, features)))
-    return jnp.stack([jnp.stack(_combine(G, list(row))) for row in rows])
-
-
-def _tiles(x: Float[Array, "B H W C"]) -> Float[Array, "16 T C"]:
-    """B^T d B of every 4x4 tile d; tiles overlap by two pixels."""
-    height, width, channels = x.shape[1:]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = _combine(B, [x[:, i : i + height - 1 : 2] for i in range(4)])
-    tiles = [tile for row in rows for tile in _combine(B, [row[:, :, j : j + width - 1 : 2] for j in range(4)])]
-    return jnp.stack(tiles).reshape(16, -1, channels)
+        return function(x, dy)
+    x, dy = (array.reshape(-1, parts, *array.shape[1:]) for array in (x, dy))  # every part has its share of each device's
+    zero = jnp.zeros(jax.eval_shape(function, x[:, 0], dy[:, 0]).shape, x.dtype)
+    return jax.lax.fori_loop(0, parts, lambda i, total: total + function(x[:, i], dy[:, i]), zero)
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
@@ -155,10 +173,3 @@ def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
         terms = [part if factor == 1 else float(factor) * part for factor, part in zip(column, parts, strict=True) if factor]
         sums.append(sum(terms[1:], terms[0]))
     return sums
-
-
-def _parts(x: Float[Array, "B H W C"], features: int) -> int:
-    """Into how many parts to split the batch; a divisor of it."""
-    batch, height, width, channels = x.shape
-    image_bytes = 4 * height * width * (channels + features) * x.dtype.itemsize  # 16 values for each tile of 4 pixels
-    return next(n for n in range(1, batch + 1) if batch % n == 0 and (batch // n * image_bytes <= CACHE_BYTES or n == batch))

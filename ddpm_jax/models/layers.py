@@ -49,7 +49,17 @@ def conv3x3(
 
 def dense(features: int, dtype: Any, scale: float = 1.0, name: str | None = None) -> nn.Dense:
     """A linear map over the last axis; on images this is a 1x1 convolution."""
-    return nn.Dense(features, kernel_init=init_scale(scale), dtype=dtype, name=name)
+    return nn.Dense(
+        features, kernel_init=init_scale(scale), dtype=dtype, name=name, dot_general=_dot_matrices if on_cpu() else None
+    )
+
+
+def _dot_matrices(lhs: Array, rhs: Array, dimensions: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` as `nn.Dense` calls it, by one product of matrices.
+
+    On a CPU the gradient by the kernel is several times as quick: the compiler transposes what is summed over several axes.
+    """
+    return jnp.reshape(jax.lax.dot(lhs.reshape(-1, lhs.shape[-1]), rhs), (*lhs.shape[:-1], rhs.shape[-1]))
 
 
 class GroupNorm(nn.Module):
