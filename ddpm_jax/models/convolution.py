@@ -36,8 +36,8 @@ def toom_cook(num_outputs: int, points: Sequence[float]) -> tuple[np.ndarray, np
     return a, g, np.linalg.lstsq(products, shifts)[0].round(12).T
 
 
-A1, G1, B1 = toom_cook(4, (0, 0.75, -0.75, 1.5, -1.5))  # these points round half as much as 0, +-1, +-2
-A2, G2, B2 = toom_cook(2, (0, 1, -1))
+A1, G1, B1 = toom_cook(4, (0.0, 0.75, -0.75, 1.5, -1.5))  # these points round half as much as 0, +-1, +-2
+A2, G2, B2 = toom_cook(2, (0.0, 1.0, -1.0))
 
 LARGE = 2e8
 """Operations above which the algorithms pay: below, XLA's own routine has its data in the cache anyway."""
@@ -145,8 +145,7 @@ def _kernel_gradient_winograd(x: Float[Array, "B H W C"], dy: Float[Array, "B H 
         tiles = [tile for row in rows for tile in _combine(B2, [row[:, :, j : j + width - 1 : 2] for j in range(4)])]
         rows = _combine(A2.T, [dy[:, i::2] for i in range(2)])
         spread = [column for row in rows for column in _combine(A2.T, [row[:, :, j::2] for j in range(2)])]
-        tiles, spread = (jnp.stack(arrays).reshape(16, -1, arrays[0].shape[-1]) for arrays in (tiles, spread))
-        return jnp.einsum("ptc,pto->pco", tiles, spread)
+        return jnp.einsum("ptc,pto->pco", *(jnp.stack(a).reshape(16, -1, a[0].shape[-1]) for a in (tiles, spread)))
 
     total = _sum_over_parts(products, x, dy, 4 * height * width * (channels + features) // 2)
     rows = _combine(G2, list(total.reshape(4, 4, channels, features)))

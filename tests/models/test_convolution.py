@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from ddpm_jax.models import convolution
-from ddpm_jax.models.convolution import conv3x3_cpu, conv_general_dilated_cpu
+from ddpm_jax.models.convolution import conv3x3_cpu, conv_general_dilated_cpu, toom_cook
 
 SAME, LOW = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 
-# (batch, height, width, channels, features): direct, Winograd at once, Winograd in parts, odd, narrow, single images
-SHAPES = [(2, 6, 4, 3, 5), (4, 8, 8, 64, 64), (4, 8, 8, 96, 64), (2, 7, 9, 64, 64), (3, 10, 6, 64, 80), (1, 16, 16, 64, 64)]
+# (batch, height, width, channels, features): direct, rows by Winograd, also both axes, in parts, odd, narrow, single images
+SHAPES = [(2, 6, 4, 3, 5), (4, 8, 8, 32, 64), (4, 8, 8, 128, 128), (6, 7, 12, 64, 32), (2, 7, 9, 64, 64), (1, 16, 16, 64, 64)]
 
 
 def draw(shape, seed=0):
@@ -53,21 +53,50 @@ def assert_close(got, expected):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
 
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch):
+    """What is kept for large convolutions is tried on small ones, in parts."""
+    monkeypatch.setattr(convolution, "LARGE", 1e5)
+    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**18)
+
+
 @pytest.mark.parametrize(("stride", "padding"), [(1, SAME), (2, LOW), (2, SAME), (1, LOW)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_both_gradients(shape, stride, padding, monkeypatch):
-    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**19)  # the larger ones are computed in parts
+def test_values_and_both_gradients(shape, stride, padding):
     x, kernel = draw(shape)
     got = results(lambda x, kernel: conv3x3_cpu(x, kernel, stride, padding), x, kernel)
     assert all(array.dtype == jnp.float32 for array in got)
     assert_close(got, reference(x, kernel, stride, padding))
 
 
-def test_the_shapes_cover_both_algorithms_and_parts(monkeypatch):
-    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**19)
-    pays = [convolution._winograd_pays(shape[:4], shape[4], jnp.float32) for shape in SHAPES]
-    assert pays == [False, True, True, False, False, True]
-    assert [convolution._parts(draw(shape)[0], shape[4]) for shape in SHAPES] == [1, 1, 2, 1, 1, 1]
+ALGORITHMS = ("_direct", "_winograd", "_kernel_gradient_shifts", "_kernel_gradient_winograd")
+
+
+def test_the_shapes_cover_every_algorithm_and_parts(monkeypatch):
+    used = set()
+
+    def spy(name, function):
+        def call(*args, **options):
+            used.add(name)
+            return function(*args, **options)
+
+        return call
+
+    for name in ALGORITHMS:
+        monkeypatch.setattr(convolution, name, spy(name, getattr(convolution, name)))
+    monkeypatch.setattr(jax.lax, "fori_loop", spy("parts", jax.lax.fori_loop))
+    for shape in SHAPES:
+        x, kernel = draw(shape)
+        jax.eval_shape(lambda x, kernel: results(lambda x, kernel: conv3x3_cpu(x, kernel, 1, SAME), x, kernel), x, kernel)
+    assert used == {*ALGORITHMS, "parts"}
+
+
+@pytest.mark.parametrize("points", [(0.0, 1.0, -1.0), (0.0, 0.75, -0.75, 1.5, -1.5)], ids=str)
+def test_toom_cook_correlates(points):
+    a, g, b = toom_cook(len(points) - 1, points)
+    rng = np.random.default_rng(0)
+    d, kernel = rng.normal(size=len(points) + 1), rng.normal(size=3)
+    assert np.allclose(a.T @ ((g @ kernel) * (b.T @ d)), np.correlate(d, kernel, "valid"), rtol=0, atol=1e-10)
 
 
 def test_the_same_numbers_as_the_compilers_own():
