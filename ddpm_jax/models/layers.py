@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddpm_jax.models.attention import attention_cpu
 from ddpm_jax.models.convolution import Padding, conv_general_dilated_cpu
 from ddpm_jax.models.normalization import group_norm_cpu
 
@@ -120,9 +121,12 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         h = GroupNorm(self.num_groups, self.dtype, silu=False, name="norm")(x).reshape(batch, height * width, channels)
         q, k, v = (dense(channels, self.dtype, name=name)(h) for name in ("query", "key", "value"))
-        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(v.dtype)
-        h = jnp.einsum("bqk,bkc->bqc", weights, v)
+        if on_cpu() and q.dtype == jnp.float32:
+            h = attention_cpu(q, k, v)
+        else:
+            logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(v.dtype)
+            h = jnp.einsum("bqk,bkc->bqc", weights, v)
         h = dense(channels, self.dtype, scale=ZERO, name="out")(h)
         return x + h.reshape(x.shape)
 
