@@ -230,7 +230,8 @@ def test_training_falls_back_to_the_checkpoint_before(run, log, damage, part):
     assert names(run) == ["10", "20", "30.damaged"]
     assert f"checkpoint {run / 'checkpoints' / '30'} can't be read" in log.text
     assert "put aside as 30.damaged" in log.text
-    assert len(log.records) == 1
+    # What an earlier test's damage left to the garbage collector, asyncio reports whenever that comes round.
+    assert len([record for record in log.records if record.name == "ddpm_jax"]) == 1
     # The next checkpoint of that step has the place free, and what was put aside stays.
     write(run, [30])
     assert names(run) == ["10", "20", "30", "30.damaged"]
