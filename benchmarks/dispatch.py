@@ -95,10 +95,16 @@ def sample_turns(config: Config, num_batches: int) -> tuple[Turn, Turn]:
 
 
 def compare(task: str, unit: str, turns: tuple[Turn, Turn], rounds: int) -> dict[str, Any]:
-    """The row of one task, both sides by turns after one turn each that doesn't count."""
+    """The row of one task: both sides by turns, either one first, after one turn each that doesn't count."""
     wall, device = turns
     wall(), device()
-    pairs = [(wall(), device()) for _ in range(rounds)]
+    pairs = []
+    for number in range(rounds):
+        if number % 2:
+            alone, real = device(), wall()
+        else:
+            real, alone = wall(), device()
+        pairs.append((real, alone))
     medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
     overheads = [1 - alone / real for real, alone in pairs]
     return {

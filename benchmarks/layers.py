@@ -20,16 +20,17 @@ class Layer(NamedTuple):
     """A layer of the network, with the shapes that it is called with."""
 
     kind: str
-    """convolution, dense, GroupNorm or attention."""
+    """convolution, dense, GroupNorm, attention or dropout."""
     apply: Function
     """(params, *inputs) -> output."""
     params: PyTree
+    """Its parameters; of dropout, the bits of its key."""
     inputs: tuple[Any, ...]
     output: Any
 
 
 def trace_layers(config: Config) -> list[Layer]:
-    """The layers that hold the network's parameters, in the order of their calls."""
+    """The layers that hold the network's parameters, and dropout, in the order of their calls in training."""
     assert config.data.image_shape is not None
     unet = make_unet(config.model, config.data.image_shape[2])
     batch = config.train.batch_size
@@ -51,17 +52,25 @@ def trace_layers(config: Config) -> list[Layer]:
         def apply(params: PyTree, *inputs: Any) -> Any:
             return module.apply({"params": params}, *inputs, **kwargs)
 
+        def drop(key: Any, *inputs: Any) -> Any:
+            return module.apply({}, *inputs, **kwargs, rngs={"dropout": jax.random.wrap_key_data(key)})
+
+        if kind == "dropout":
+            apply, params = drop, jax.random.key_data(jax.random.key(0))
         layers.append(Layer(kind, apply, *jax.tree.map(abstract, (params, args, output))))
         return output
 
-    variables = jax.eval_shape(unet.init, jax.random.key(0), xt, t)
+    key = jax.random.key(0)
+    variables = jax.eval_shape(unet.init, key, xt, t)
     with nn.intercept_methods(intercept):
-        jax.eval_shape(lambda variables: unet.apply(variables, xt, t), variables)
+        jax.eval_shape(lambda variables: unet.apply(variables, xt, t, train=True, rngs={"dropout": key}), variables)
     return layers
 
 
 def kind_of(module: nn.Module, params: PyTree) -> str | None:
-    """What a module is by its own parameters; None where only its parts have any."""
+    """What a module is by its own parameters or its class; None where it is made of others or does nothing."""
+    if isinstance(module, nn.Dropout):
+        return "dropout" if module.rate > 0 else None
     ranks = {leaf.ndim for leaf in params.values() if hasattr(leaf, "ndim")}
     if isinstance(module, Attention):
         return "attention"
@@ -96,12 +105,18 @@ def programs(layer: Layer, first: bool) -> Iterator[tuple[str, Function, tuple[P
         value, gradient = jax.vjp(apply, params, *inputs)
         return value, gradient(dy)
 
+    def both_by_inputs(dy: Any, params: PyTree, *inputs: Any) -> PyTree:
+        value, gradient = jax.vjp(lambda *inputs: apply(params, *inputs), *inputs)
+        return value, gradient(dy)
+
     everything = (output, params, *inputs)
     if layer.kind == "convolution":
         yield "convolutions, values", apply, (params, *inputs), operations, x + w + y
         yield "convolutions, weight gradient", by_params, everything, operations, x + w + y
         if not first:
             yield "convolutions, input gradient", by_inputs, everything, operations, x + w + y
+    elif layer.kind == "dropout":
+        yield "dropout, values and gradients", both_by_inputs, everything, 0, 2 * (x + y)
     else:  # values read x and w and write y; gradients read x, w and dy and write dx and dw
         yield f"{layer.kind}, values and gradients", both, everything, 3 * operations, 3 * x + 3 * w + 2 * y
 
