@@ -16,63 +16,30 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 from cases import CASES
+from turns import Worker
 
 HERE = Path(__file__).parent
 PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compile", "lucidrains")
 TASKS = ("train", "forward", "ddim64", "ddim1")
 
 
-class Candidate:
-    """A worker process and what it has told so far."""
+class Candidate(Worker):
+    """A worker process for one implementation, case and task."""
 
     def __init__(self, name: str, python: str, case: str, task: str, environment: dict[str, str]) -> None:
-        self.name, self.is_peer = name, name in PEERS
+        self.is_peer = name in PEERS
         worker = HERE / ("worker_torch.py" if self.is_peer else "worker_jax.py")
         batch = task.removeprefix("ddim") if task.startswith("ddim") else str(CASES[case].batch_size)
         command = [python, str(worker), name, case, "ddim" if task.startswith("ddim") else task, batch]
-        began = time.perf_counter()
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
-        )
-        first = self._hear()
-        self.first_step_seconds = time.perf_counter() - began
-        self.num_params, self.versions = first["num_params"], first["versions"]
-        self._hear()
-        self.speeds: list[float] = []
-        self.peak_mib = 0.0
-
-    def turn(self, seconds: float) -> None:
-        """Let it work for about so long."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        self.speeds.append(self._hear()["images_per_second"])
-
-    def end(self) -> None:
-        """Let it finish."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.peak_mib = self._hear()["peak_mib"]
-        self.process.wait()
-
-    def _hear(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        self.log.seek(0)
-        last = (self.log.read().strip().splitlines() or ["it ended without a word"])[-1]
-        raise RuntimeError(f"{self.name}: {last}")
+        super().__init__(name, command, environment)
+        self.num_params, self.versions = self.first["num_params"], self.first["versions"]
 
 
 def compare(case: str, task: str, options: argparse.Namespace) -> list[dict[str, Any]]:

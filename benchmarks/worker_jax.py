@@ -4,22 +4,25 @@ python benchmarks/worker_jax.py ddpm_jax CASE TASK BATCH
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import CASES, DDIM_STEPS, Case
+from jax.sharding import Mesh
 from turns import serve
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 from ddpm_jax.data import ImageSet, batches
+from ddpm_jax.data.pipeline import Batch
 from ddpm_jax.inference import make_draw
 from ddpm_jax.models import bind, init_params, make_unet, num_params
 from ddpm_jax.parallel import compile_for, keep_compiled, make_mesh, put, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.state import init_state
+from ddpm_jax.training.state import TrainState, init_state
 from ddpm_jax.training.step import make_train_step, make_train_steps
 from ddpm_jax.validation import config_schedule
 
@@ -41,28 +44,51 @@ def make_config(case: Case, batch_size: int) -> Config:
     )  # fmt: skip
 
 
-def make_train(case: Case, batch_size: int) -> tuple[Run, int]:
-    """Training as the loop does it: one step at first, then as many as are dispatched together."""
-    config, mesh = make_config(case, batch_size), make_mesh()
-    unet = make_unet(config.model, case.image_shape[2])
+class Training(NamedTuple):
+    """What the training loop sets up before its first step."""
+
+    steps: Any
+    """The jitted function (state, batches [K, B, ...], count) -> (state, metrics [K])."""
+    state: TrainState
+    source: Iterator[Batch]
+    mesh: Mesh
+    config: Config
+
+
+def start_training(config: Config, images: np.ndarray | None = None) -> Training:
+    """The training of a config with data.image_shape, on the given images or on random ones."""
+    assert config.data.image_shape is not None
+    mesh, unet = make_mesh(), make_unet(config.model, config.data.image_shape[2])
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = run_once(mesh, lambda: init_state(config, unet, optimizer))
-    count = num_params(state.params)
-    steps = make_train_steps(make_train_step(config, config_schedule(config), unet, optimizer), case.steps_per_dispatch)
+    train_step = make_train_step(config, config_schedule(config), unet, optimizer)
+    steps = make_train_steps(train_step, config.train.steps_per_dispatch)
     steps = compile_for(mesh, steps, donate_argnums=0, out_shardings=replicated(mesh))
-    images = np.random.default_rng(0).integers(0, 256, (1000, *case.image_shape), np.uint8)
-    source = batches(config, ImageSet(images), mesh, range(10**9))
+    if images is None:
+        images = np.random.default_rng(0).integers(0, 256, (1000, *config.data.image_shape), np.uint8)
+    return Training(steps, state, batches(config, ImageSet(images), mesh, range(10**9)), mesh, config)
+
+
+def make_run(training: Training) -> Run:
+    """Training as the loop does it: one step at first, then as many as are dispatched together."""
+    steps, state, source, mesh, config = training
     made = 0
 
     def run() -> int:
         nonlocal state, made
-        number = case.steps_per_dispatch if made else 1
+        number = config.train.steps_per_dispatch if made else 1
         state, metrics = steps(state, next(source), put(np.int32(number), replicated(mesh)))
         jax.device_get(metrics)
         made += number
-        return number * batch_size
+        return number * config.train.batch_size
 
-    return run, count
+    return run
+
+
+def make_train(case: Case, batch_size: int) -> tuple[Run, int]:
+    """Training steps; and the number of parameters."""
+    training = start_training(make_config(case, batch_size))
+    return make_run(training), num_params(training.state.params)
 
 
 def make_forward(case: Case, batch_size: int) -> tuple[Run, int]:
