@@ -15,6 +15,7 @@ The others are written as convolutions in the one layout that the compiler has a
 autodiff to that layout too, but not inside loops, where they would be tens of times slower.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -157,12 +158,16 @@ def _sum_over_parts(
 ) -> Array:
     """function(x, dy), a sum over images, in as many parts of the batch as keep image_values each below CACHE_BYTES."""
     batch, image_bytes = len(x), image_values * x.dtype.itemsize
-    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and (batch // n * image_bytes <= CACHE_BYTES or n == batch))
+    # Each device sums over its own images; within the loop a sum over devices would be one for every part.
+    shares = math.gcd(batch, jax.device_count())
+    share = batch // shares
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and (share // n * image_bytes <= CACHE_BYTES or n == share))
     if parts == 1:
         return function(x, dy)
-    x, dy = (array.reshape(-1, parts, *array.shape[1:]) for array in (x, dy))  # every part has its share of each device's
-    zero = jnp.zeros(jax.eval_shape(function, x[:, 0], dy[:, 0]).shape, x.dtype)
-    return jax.lax.fori_loop(0, parts, lambda i, total: total + function(x[:, i], dy[:, i]), zero)
+    x, dy = (array.reshape(shares, parts, share // parts, *array.shape[1:]) for array in (x, dy))
+    by_share = jax.vmap(function)
+    zero = jnp.zeros(jax.eval_shape(by_share, x[:, 0], dy[:, 0]).shape, x.dtype)
+    return jax.lax.fori_loop(0, parts, lambda i, total: total + by_share(x[:, i], dy[:, i]), zero).sum(0)
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:

@@ -7,6 +7,7 @@ import pytest
 
 from ddpm_jax.models import convolution
 from ddpm_jax.models.convolution import conv3x3_cpu, conv_general_dilated_cpu, toom_cook
+from ddpm_jax.parallel import batch_sharding, make_mesh, replicated
 
 SAME, LOW = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 
@@ -105,6 +106,20 @@ def test_the_same_numbers_as_the_compilers_own():
     plain = results(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), SAME, **options), x, kernel)
     ours = results(lambda x, kernel: conv_general_dilated_cpu(x, kernel, (1, 1), SAME, **options), x, kernel)
     assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("channels", [32, 128])
+def test_devices_are_summed_over_once(channels, monkeypatch):
+    """A sum over devices within the loop over parts would come once for every part, and two loops could wait for each other."""
+    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**16)
+    mesh = make_mesh(jax.devices()[:8])
+    x = jax.ShapeDtypeStruct((32, 8, 8, channels), jnp.float32, sharding=batch_sharding(mesh))
+    kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.float32, sharding=replicated(mesh))
+    gradient = jax.grad(lambda kernel, x: jnp.sum(conv3x3_cpu(x, kernel, 1, SAME) ** 2))
+    computations = jax.jit(gradient).lower(kernel, x).compile().as_text().split("\n\n")
+    assert sum(" while(" in text for text in computations) > 0
+    assert ["ENTRY" in text for text in computations if " all-reduce(" in text] == [True]
+    assert sum(text.count(" all-reduce(") for text in computations) == 1
 
 
 def test_bfloat16_is_left_to_the_compiler():
