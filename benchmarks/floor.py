@@ -11,7 +11,7 @@ occurs. The floor of a program is
 
 with operations counted from shapes (2 for each multiplication and addition of a direct convolution or matrix product; other
 arithmetic counts as none), every input and output read or written once, and the bandwidth of the smallest of these copies
-that moves as many bytes. Winograd's algorithm needs down to 16/36 of these operations, so that a ratio may exceed 1. The sum
+that moves as many bytes. Winograd's algorithm needs half of these operations or fewer, so that a ratio may exceed 1. The sum
 of the phases leaves out noise, loss, concatenation, upsampling and residual additions, which the last line tells.
 """
 

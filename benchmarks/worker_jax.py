@@ -20,7 +20,7 @@ from ddpm_jax.data import ImageSet, batches
 from ddpm_jax.data.pipeline import Batch
 from ddpm_jax.inference import make_draw
 from ddpm_jax.models import bind, init_params, make_unet, num_params
-from ddpm_jax.parallel import compile_for, keep_compiled, make_mesh, put, replicated, run_once
+from ddpm_jax.parallel import compile_at_first_call, compile_for, keep_compiled, make_mesh, put, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState, init_state
 from ddpm_jax.training.step import make_train_step, make_train_steps
@@ -88,7 +88,8 @@ def make_run(training: Training) -> Run:
 def make_train(case: Case, batch_size: int) -> tuple[Run, int]:
     """Training steps; and the number of parameters."""
     training = start_training(make_config(case, batch_size))
-    return make_run(training), num_params(training.state.params)
+    count = num_params(training.state.params)
+    return make_run(training._replace(steps=compile_at_first_call(training.steps))), count
 
 
 def make_forward(case: Case, batch_size: int) -> tuple[Run, int]:

@@ -135,13 +135,16 @@ class Meter:
         self._since: float | None = None
         self._timed_steps = 0
 
-    def add(self, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Take in one step. The first one only starts the clock: its time is mostly the compiler's."""
-        self._values.append((loss, grad_norm, learning_rate))
+    def add(self, *steps: tuple[float, float, float]) -> None:
+        """Take in (loss, grad_norm, learning_rate) of the steps of one dispatch.
+
+        The first dispatch only starts the clock: its time is mostly the compiler's.
+        """
+        self._values.extend(steps)
         if self._since is None:
             self._since = time.perf_counter()
         else:
-            self._timed_steps += 1
+            self._timed_steps += len(steps)
 
     def exclude(self, seconds: float) -> None:
         """Leave out time that went into something else than steps, such as a preview."""

@@ -5,8 +5,10 @@ on each device, and the compiler adds the sums across devices. The same program 
 random numbers, drawn by position in the global batch, are the same on both.
 """
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,31 @@ def run_once(mesh: Mesh, function: Callable[[], Any]) -> Any:
     """function() as one program, replicated over the mesh; on a CPU compiled quickly rather than to run quickly."""
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     return jax.jit(function, out_shardings=replicated(mesh), compiler_options=quick)()
+
+
+def compile_at_first_call(program: Any) -> Callable[..., Any]:
+    """A jitted program as a function for arguments like those of its first call, with less memory in use than jit's own."""
+    compiled: Callable[..., Any] | None = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            _release_memory()
+            lowered = program.lower(*arguments)
+            _release_memory()
+            compiled = lowered.compile()
+            _release_memory()
+        return compiled(*arguments)
+
+    return call
+
+
+def _release_memory() -> None:
+    """Give the system back what tracing and compiling have used; glibc would keep it. Elsewhere nothing."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def keep_compiled() -> None:

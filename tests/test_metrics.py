@@ -133,14 +133,14 @@ def clock(monkeypatch):
 
 def test_meter_means(clock):
     meter = Meter(batch_size=4)
-    meter.add(1.0, 10.0, 0.1)
-    meter.add(2.0, 20.0, 0.2)
-    meter.add(6.0, 0.0, 0.3)
+    meter.add((1.0, 10.0, 0.1))
+    meter.add((2.0, 20.0, 0.2))
+    meter.add((6.0, 0.0, 0.3))
     clock.now += 1
     record = meter.record()
     assert record["loss"] == pytest.approx(3.0) and record["grad_norm"] == pytest.approx(10.0)
     assert record["learning_rate"] == 0.3  # that of the last step
-    meter.add(5.0, 7.0, 0.4)
+    meter.add((5.0, 7.0, 0.4))
     clock.now += 1
     again = meter.record()
     assert (again["loss"], again["grad_norm"], again["learning_rate"]) == (5.0, 7.0, 0.4)  # nothing of the last record
@@ -150,22 +150,31 @@ def test_meter_speed(clock):
     meter = Meter(batch_size=10)
     clock.now += 100  # compiling
     for _ in range(3):
-        meter.add(1.0, 1.0, 1.0)
+        meter.add((1.0, 1.0, 1.0))
         clock.now += 2
     # The first step only started the clock: two steps of 10 images since, in 6 seconds.
     assert meter.record()["images_per_second"] == pytest.approx(20 / 6)
     for _ in range(4):
         clock.now += 2
-        meter.add(1.0, 1.0, 1.0)
+        meter.add((1.0, 1.0, 1.0))
     clock.now += 30
     meter.exclude(30.0)  # a preview
     assert meter.record()["images_per_second"] == pytest.approx(40 / 8)
 
 
+def test_meter_leaves_out_all_steps_of_the_first_dispatch(clock):
+    meter = Meter(batch_size=10)
+    clock.now += 100  # compiling, and 4 steps
+    for _ in range(3):
+        meter.add(*[(1.0, 1.0, 1.0)] * 4)
+        clock.now += 2
+    assert meter.record()["images_per_second"] == pytest.approx(80 / 6)
+
+
 def test_meter_of_one_step_has_no_speed(clock):
     meter = Meter(batch_size=10)
     meter.exclude(5.0)  # before the first step there is nothing to leave out
-    meter.add(0.5, 1.0, 0.1)
+    meter.add((0.5, 1.0, 0.1))
     clock.now += 1
     assert meter.record() == {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 0.1}
 

@@ -33,7 +33,7 @@ from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
 from ddpm_jax.models import make_unet, num_params
-from ddpm_jax.parallel import check_batch_size, compile_for, make_mesh, put, replicated, run_once
+from ddpm_jax.parallel import check_batch_size, compile_at_first_call, compile_for, make_mesh, put, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState, init_state
 from ddpm_jax.training.step import Metrics, make_train_step, make_train_steps
@@ -76,7 +76,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
 
     train_step = make_train_step(config, config_schedule(config), unet, optimizer)
     train_steps = make_train_steps(train_step, config.train.steps_per_dispatch)
-    train_steps = compile_for(mesh, train_steps, donate_argnums=0, out_shardings=replicated(mesh))
+    train_steps = compile_at_first_call(compile_for(mesh, train_steps, donate_argnums=0, out_shardings=replicated(mesh)))
     spans = functools.partial(dispatches, config.train, start)
     with (
         _stop_signals() as stop,
@@ -159,12 +159,12 @@ class _Recorder:
     def take(self, steps: range, metrics: Metrics) -> None:
         """Read the metrics of steps, counted from 0, and write the record that is due. Raises NonFiniteLossError."""
         values = jax.device_get(metrics)
-        step = steps.start
-        for loss, grad_norm, learning_rate in zip(*(value[: len(steps)].tolist() for value in values), strict=True):
-            step += 1
+        rows = list(zip(*(value[: len(steps)].tolist() for value in values), strict=True))
+        for number, (loss, grad_norm, _) in enumerate(rows, steps.start + 1):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise NonFiniteLossError(self._diverged(step, loss, grad_norm))
-            self._meter.add(loss, grad_norm, learning_rate)
+                raise NonFiniteLossError(self._diverged(number, loss, grad_norm))
+        self._meter.add(*rows)
+        step = steps.stop
         self._progress.advance(step)
         if step % self._config.train.log_every_steps == 0 or step == self._config.train.num_steps:
             record = self._meter.record()
