@@ -25,7 +25,7 @@ from ddpm_jax import inference
 from ddpm_jax.checkpoint import abstract_like, read_config, restore_newest
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 from ddpm_jax.errors import InputError, NonFiniteLossError
-from ddpm_jax.parallel import make_mesh, replicated
+from ddpm_jax.parallel import compile_at_first_call, make_mesh, replicated
 from ddpm_jax.training import loop
 from ddpm_jax.training.step import make_train_step as library_train_step
 from ddpm_jax.training.step import make_train_steps as library_train_steps
@@ -282,8 +282,8 @@ def test_training_works_outside_the_main_thread(config, whole, tmp_path):
 def diverge(monkeypatch, at_step, field):
     """Make one of the metrics NaN at a step, and the weights that it leaves, too."""
 
-    def compile_diverging(mesh, function, **options):
-        train_step = compile_for(mesh, function, **options)
+    def compile_diverging(program):
+        train_step = compile_at_first_call(program)
 
         def diverging(state, batch, count):
             bad = int(state.step) >= at_step - 1
@@ -295,7 +295,7 @@ def diverge(monkeypatch, at_step, field):
 
         return diverging
 
-    monkeypatch.setattr(loop, "compile_for", compile_diverging)
+    monkeypatch.setattr(loop, "compile_at_first_call", compile_diverging)
 
 
 @pytest.mark.parametrize(("at_step", "kept"), [(2, []), (4, []), (6, [4])])
