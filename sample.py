@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from ddpm_jax import cli
-from ddpm_jax.diffusion.samplers import Sampler
 from ddpm_jax.diffusion.schedule import Spacing
 from ddpm_jax.errors import InputError
 from ddpm_jax.images import check_output, save_output
@@ -40,10 +39,10 @@ class Arguments:
     """Seed; image i is the same whatever the number of images."""
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the weights, or the weights themselves."""
-    sampler: Sampler | None = None
+    sampler: str | None = None
     """Sampling algorithm."""
     num_steps: int | None = None
-    """Network evaluations for each image."""
+    """Steps from noise to image."""
     eta: float | None = None
     """Noise of ddim, 0 to 1."""
     spacing: Spacing | None = None

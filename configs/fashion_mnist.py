@@ -24,7 +24,7 @@ config = Config(
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=100, decay="cosine", ema_decay=0.999),
     train=TrainConfig(
         batch_size=16,
-        num_steps=6500,
+        num_steps=9000,
         steps_per_dispatch=10,
         log_every_steps=50,
         checkpoint_every_steps=1000,

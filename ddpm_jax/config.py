@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm_jax.diffusion.process import Prediction, Variance
-from ddpm_jax.diffusion.samplers import Sampler
 from ddpm_jax.diffusion.schedule import ScheduleKind, Spacing
 from ddpm_jax.errors import InputError
 from ddpm_jax.validation import validate
@@ -44,7 +43,7 @@ class DiffusionConfig:
     prediction: Prediction = "eps"
     """What the network predicts: the noise, the clean image, or v = sqrt(ab) eps - sqrt(1 - ab) x0."""
     variance: Variance = "fixed_large"
-    """Variance of the reverse steps of the ddpm sampler: beta, or that of the posterior."""
+    """Variance of the reverse steps of the ddpm sampler: beta, that of the posterior, or one between them that is learned."""
     timesteps: Literal["uniform", "stratified"] = "uniform"
     """How training draws t: independently, or one from each of B equal parts of 0 ... T-1."""
 
@@ -134,10 +133,10 @@ class TrainConfig:
 class SampleConfig:
     """How samples are drawn unless sample.py is told otherwise."""
 
-    sampler: Sampler = "ddim"
-    """Sampling algorithm."""
+    sampler: str = "ddim"
+    """Sampling algorithm; `python sample.py --list-samplers` shows them."""
     num_steps: int | None = 100
-    """Network evaluations for each image, 1 to T; None: T."""
+    """Steps from noise to image, 1 to T; None: T. Most samplers evaluate the network once for each."""
     eta: float = 0.0
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
     spacing: Spacing = "uniform"

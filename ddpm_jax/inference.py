@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ddpm_jax.checkpoint import abstract_like, load_weights
 from ddpm_jax.config import Config, override
 from ddpm_jax.diffusion.process import make_denoiser
-from ddpm_jax.diffusion.samplers import Sampler, sample
+from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
-from ddpm_jax.models import bind, init_params, make_unet
+from ddpm_jax.models import UNet, bind, init_params, make_unet
 from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, round_up
 from ddpm_jax.validation import config_schedule
 
@@ -46,7 +46,7 @@ def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
         num_frames: 0, or the number of frames [F, B, H, W, C] to return of the way from noise to images.
     """
     shape = _image_shape(config)
-    unet, schedule, settings = make_unet(config.model, shape[-1]), config_schedule(config), config.sample
+    unet, schedule, settings = make_network(config), config_schedule(config), config.sample
 
     def draw(params: PyTree, keys: Key[Array, " B"], labels: Int[Array, " B"] | None) -> UInt8[Array, "... H W C"]:
         denoiser = make_denoiser(schedule, bind(unet, params, labels), config.diffusion.prediction)
@@ -133,14 +133,14 @@ class Model:
 
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
-        unet = make_unet(self.config.model, self.image_shape[-1])
+        unet = make_network(self.config)
         return compile_for(self.mesh, lambda params, xt, t, labels: bind(unet, params, labels)(xt, t))
 
     def sample(
         self,
         num_images: int = 16,
         seed: int = 0,
-        sampler: Sampler | None = None,
+        sampler: str | None = None,
         num_steps: int | None = None,
         eta: float | None = None,
         spacing: Spacing | None = None,
@@ -207,10 +207,15 @@ def load(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Model:
     return Model(loaded.config, loaded.params, config_schedule(loaded.config), loaded.step, weights, mesh)
 
 
+def make_network(config: Config) -> UNet:
+    """The network of a config with data.image_shape."""
+    return make_unet(config.model, _image_shape(config)[-1], config.diffusion.variance == "learned_range")
+
+
 def abstract_params(config: Config, mesh: Mesh) -> PyTree:
     """Shapes and dtypes of a config's weights, replicated over a mesh."""
     shape = _image_shape(config)
-    unet = make_unet(config.model, shape[-1])
+    unet = make_network(config)
     try:
         unet.check_resolution(*shape[:2])
     except ValueError as error:

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from ddpm_jax.diffusion.samplers import find_sampler
 from ddpm_jax.diffusion.schedule import Schedule, make_schedule, spaced_timesteps
 from ddpm_jax.errors import InputError
 
@@ -66,6 +67,10 @@ def validate(config: "Config") -> None:
     for name, value in {"diffusion.beta_start": d.beta_start, "diffusion.beta_end": d.beta_end}.items():
         _require(0 < value < 1, name, value, "must lie in (0, 1)")
     config_schedule(config)
+    try:
+        find_sampler(s.sampler)
+    except ValueError as error:
+        raise InputError(f"sample.sampler: {error}") from error
     try:
         spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
     q(xt | x0)          = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I)                              Eq. 4
     q(x_{t-1} | xt, x0) = N(posterior_mean_x0[t] x0 + posterior_mean_xt[t] xt, posterior_variance[t] I)   Eq. 7
-    p(x_{t-1} | xt)     = q(x_{t-1} | xt, x0 = what the network predicts) with a fixed variance      section 3.2
+    p(x_{t-1} | xt)     = q(x_{t-1} | xt, x0 = what the network predicts) with a variance of its own      section 3.2
 
 Equations are those of Ho, Jain & Abbeel (2020), arXiv:2006.11239. With xt = a x0 + s eps, a^2 + s^2 = 1, a network
 may predict eps, x0, or v = a eps - s x0 (Salimans & Ho 2022, arXiv:2202.00512); each gives the other two.
@@ -11,6 +11,7 @@ Everywhere x is float32 [..., H, W, C] (any shape will do) and t int32, with as 
 a batch, [] under vmap. All of it works under jit, vmap, grad and pmap.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -18,19 +19,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from ddpm_jax.diffusion.schedule import Schedule
+from ddpm_jax.diffusion.schedule import Schedule, respace
 
 Prediction = Literal["eps", "x0", "v"]
-Variance = Literal["fixed_small", "fixed_large"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 AnyKey = Key[Array, "..."] | UInt32[Array, "..."]
 
 
 class Denoised(NamedTuple):
-    """What a denoiser makes of xt: two views of one prediction, xt = a x0 + s eps, and a learned log variance if any."""
+    """What a denoiser makes of xt: two views of one prediction, xt = a x0 + s eps, and a learned variance if any."""
 
     x0: Float[Array, "*shape"]
     eps: Float[Array, "*shape"]
     log_variance: Float[Array, "*shape"] | None = None
+    """Of the step t -> t-1 of the schedule that the denoiser was made with."""
 
 
 NetworkFn = Callable[[Float[Array, "*shape"], Int[Array, "*batch"]], Float[Array, "*shape"]]
@@ -119,8 +121,40 @@ def predict_v(
     return output
 
 
-def make_denoiser(schedule: Schedule, network_fn: NetworkFn, prediction: Prediction = "eps", clip: bool = True) -> Denoiser:
+@dataclasses.dataclass(frozen=True)
+class NetworkDenoiser:
+    """What make_denoiser makes: the denoiser of a network."""
+
+    schedule: Schedule
+    network_fn: NetworkFn
+    prediction: Prediction
+    clip: bool
+
+    def __call__(self, xt: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Denoised:
+        """x0, eps and any learned log variance at xt."""
+        output, log_variance = self.network_fn(xt, t).astype(xt.dtype), None
+        if output.shape[-1] == 2 * xt.shape[-1]:
+            output, place = jnp.split(output, 2, axis=-1)
+            log_variance = range_log_variance(self.schedule, place, t)
+        x0 = predict_x0(self.schedule, xt, t, output, self.prediction)
+        if not self.clip:
+            return Denoised(x0, predict_eps(self.schedule, xt, t, output, self.prediction), log_variance)
+        x0 = jnp.clip(x0, -1.0, 1.0)
+        return Denoised(x0, predict_eps(self.schedule, xt, t, x0, "x0"), log_variance)
+
+    def visiting(self, timesteps: Int[Array, " K"]) -> "NetworkDenoiser":
+        """The denoiser of the process that visits only these timesteps (ascending): its t counts them, 0 ... K-1."""
+        short = respace(self.schedule, timesteps)
+        return dataclasses.replace(self, schedule=short, network_fn=lambda xt, t: self.network_fn(xt, timesteps[t]))
+
+
+def make_denoiser(
+    schedule: Schedule, network_fn: NetworkFn, prediction: Prediction = "eps", clip: bool = True
+) -> NetworkDenoiser:
     """A denoiser (xt, t) -> Denoised from a network (xt, t) -> output.
+
+    A network whose output has twice the channels of xt tells its variance in the second half, -1 ... 1 between that of
+    the posterior and beta (Nichol & Dhariwal 2021, Eq. 15).
 
     Args:
         schedule: the one that the network was trained with.
@@ -129,16 +163,7 @@ def make_denoiser(schedule: Schedule, network_fn: NetworkFn, prediction: Predict
         clip: whether x0 is clipped to [-1, 1], the range of images; eps then follows the clipped x0.
     """
     _check_prediction(prediction)
-
-    def denoiser(xt: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Denoised:
-        output = network_fn(xt, t).astype(xt.dtype)
-        x0 = predict_x0(schedule, xt, t, output, prediction)
-        if not clip:
-            return Denoised(x0, predict_eps(schedule, xt, t, output, prediction))
-        x0 = jnp.clip(x0, -1.0, 1.0)
-        return Denoised(x0, predict_eps(schedule, xt, t, x0, "x0"))
-
-    return denoiser
+    return NetworkDenoiser(schedule, network_fn, prediction, clip)
 
 
 def p_sample(
@@ -157,17 +182,41 @@ def p_sample(
         denoiser: see make_denoiser.
         xt: noisy images.
         t: timesteps 0 ... T-1.
-        variance: "fixed_large" (beta_t) or "fixed_small" (the posterior variance), section 3.2.
+        variance: "fixed_large" (beta_t) or "fixed_small" (the posterior variance), section 3.2; "learned_range": what the
+            denoiser tells, Eq. 15 of Nichol & Dhariwal (2021), arXiv:2102.09672.
     """
-    mean, _, _ = q_posterior(schedule, denoiser(xt, t).x0, xt, t)
-    deviation = jnp.exp(0.5 * at(p_log_variance(schedule, variance), t, xt))
+    mean, log_variance = p_mean_log_variance(schedule, denoiser, xt, t, variance)
     noise = normal(key, xt.shape)
     last = (t == 0).reshape(t.shape + (1,) * (xt.ndim - t.ndim))
-    return jnp.where(last, mean, mean + deviation * noise)
+    return jnp.where(last, mean, mean + jnp.exp(0.5 * log_variance) * noise)
+
+
+def p_mean_log_variance(
+    schedule: Schedule, denoiser: Denoiser, xt: Float[Array, "*shape"], t: Int[Array, "*batch"], variance: Variance
+) -> tuple[Float[Array, "*shape"], Float[Array, "..."]]:
+    """Mean and log variance of p(x_{t-1} | xt); the latter is one number for each image, or has the shape of xt if learned.
+
+    Raises:
+        ValueError: "learned_range" with a denoiser that tells no variance, or an unknown name.
+    """
+    x0, _, log_variance = denoiser(xt, t)
+    mean, _, _ = q_posterior(schedule, x0, xt, t)
+    if variance != "learned_range":
+        return mean, at(p_log_variance(schedule, variance), t, xt)
+    if log_variance is None:
+        raise ValueError("variance learned_range needs a network that tells its variance: choose fixed_small or fixed_large")
+    return mean, log_variance
+
+
+def range_log_variance(schedule: Schedule, place: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Float[Array, "*shape"]:
+    """f log beta + (1 - f) log posterior variance, f = (place + 1) / 2, Eq. 15 of Nichol & Dhariwal (2021)."""
+    upper, lower = at(jnp.log(schedule.beta), t, place), at(schedule.posterior_log_variance, t, place)
+    fraction = (place + 1.0) / 2.0
+    return fraction * upper + (1.0 - fraction) * lower
 
 
 def p_log_variance(schedule: Schedule, variance: Variance = "fixed_large") -> Float[Array, " T"]:
-    """Log variance of p(x_{t-1} | xt) for every t, section 3.2 of Ho et al. (2020).
+    """Fixed log variance of p(x_{t-1} | xt) for every t, section 3.2 of Ho et al. (2020).
 
     "fixed_large" is log beta_t, the upper bound; "fixed_small" the log of the posterior variance, the lower one. At
     t = 0 both hold the posterior's entry for t = 1, as in Ho et al.'s code; it matters to the likelihood alone.
@@ -175,7 +224,7 @@ def p_log_variance(schedule: Schedule, variance: Variance = "fixed_large") -> Fl
     if variance == "fixed_small":
         return schedule.posterior_log_variance
     if variance != "fixed_large":
-        raise ValueError(f"unknown variance {variance!r}: choose fixed_small or fixed_large")
+        raise ValueError(f"unknown variance {variance!r}: choose fixed_small, fixed_large or learned_range")
     return jnp.log(schedule.beta).at[0].set(schedule.posterior_log_variance[0])
 
 

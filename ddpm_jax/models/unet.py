@@ -70,7 +70,7 @@ class UNet(nn.Module):
         Args:
             xt: noisy images.
             t: timesteps.
-            labels: class indices 0 ... num_classes - 1, or None to leave the class open.
+            labels: class indices 0 ... num_classes - 1, num_classes to leave an image's class open, or None to leave all open.
             train: whether dropout is on; it needs rngs={"dropout": key}.
 
         Raises:
@@ -127,8 +127,9 @@ class UNet(nn.Module):
             return h
         # Created even where no labels are given, so that the parameters don't depend on the first call.
         table = nn.Embed(self.num_classes, width, embedding_init=nn.initializers.normal(1.0), name="classes")
-        rows = table(jnp.zeros(t.shape, jnp.int32) if labels is None else labels).astype(self.dtype)
-        return h if labels is None else h + rows
+        labels = jnp.full(t.shape, self.num_classes, jnp.int32) if labels is None else labels
+        rows = table(jnp.minimum(labels, self.num_classes - 1)).astype(self.dtype)
+        return h + jnp.where((labels < self.num_classes)[:, None], rows, jnp.zeros_like(rows))
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise ValueError unless every level's resolution is whole."""
@@ -140,10 +141,10 @@ class UNet(nn.Module):
             )
 
 
-def make_unet(config: ModelConfig, image_channels: int) -> UNet:
-    """The network that a config describes, for images with so many channels."""
+def make_unet(config: ModelConfig, image_channels: int, learn_variance: bool = False) -> UNet:
+    """The network that a config describes, for images with so many channels; twice as many come out with learn_variance."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return UNet(out_channels=image_channels, **fields | {"dtype": jnp.dtype(config.dtype)})
+    return UNet(out_channels=image_channels * (2 if learn_variance else 1), **fields | {"dtype": jnp.dtype(config.dtype)})
 
 
 def init_params(unet: UNet, seed: int, image_shape: tuple[int, int, int]) -> PyTree:

@@ -30,7 +30,7 @@ from ddpm_jax.config import Config, TrainConfig, flatten, override
 from ddpm_jax.data import ImageSet, batches, load_images
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.images import save_grid
-from ddpm_jax.inference import draw_images
+from ddpm_jax.inference import draw_images, make_network
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
 from ddpm_jax.models import make_unet, num_params
 from ddpm_jax.parallel import check_batch_size, compile_at_first_call, compile_for, make_mesh, put, replicated, run_once
@@ -60,7 +60,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     check_batch_size(config.train.batch_size, mesh, config.optim.accumulate_steps)
     check_run_folder(workdir, config)
 
-    unet = make_unet(config.model, image_set.image_shape[-1])
+    unet = make_network(config)
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     abstract = abstract_like(jax.eval_shape(lambda: init_state(config, unet, optimizer)), replicated(mesh))
     state = restore_newest(workdir, abstract)

@@ -241,7 +241,7 @@ def test_unknown_names(schedule):
     x0, xt = map(jnp.asarray, random_images(18, "x0", "xt"))
     t = jnp.asarray(T)
     # Unwrapped: the type checks of the test session would catch a wrong name before the function does.
-    with pytest.raises(ValueError, match=r"unknown variance 'medium': choose fixed_small or fixed_large"):
+    with pytest.raises(ValueError, match=r"unknown variance 'medium': choose fixed_small, fixed_large or learned_range"):
         inspect.unwrap(p_log_variance)(schedule, "medium")
     for predict in PREDICT.values():
         with pytest.raises(ValueError, match=r"unknown prediction 'score': choose eps, x0 or v"):

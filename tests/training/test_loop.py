@@ -31,8 +31,8 @@ from ddpm_jax.training.step import make_train_step as library_train_step
 from ddpm_jax.training.step import make_train_steps as library_train_steps
 
 
-def make_pixel_net(config, channels):
-    return PixelNet(out_channels=channels, dropout=config.dropout, num_classes=config.num_classes)
+def make_pixel_net(config, channels, learn_variance=False):
+    return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)
 
 
 COMPILED = {}
