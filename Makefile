@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(RUN) sample.py --ckpt runs/demo --out runs/demo/denoising.gif --num-images 16
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "not heavy"
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not heavy"
 
 test-heavy: $(VENV)/installed-dev
 	$(RUN) -m pytest -m heavy

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddpm_jax import cli
+from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
 from ddpm_jax.errors import InputError
 from ddpm_jax.images import check_output, save_output
@@ -59,6 +60,8 @@ def main(argv: Sequence[str]) -> None:
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise InputError(f"unknown sampler {args.sampler!r}: choose one of {', '.join(SAMPLERS)}")
     model = load(args.ckpt, args.weights)
     step_folder = args.ckpt.absolute()
     run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
