@@ -48,9 +48,12 @@ class DiffusionConfig:
     """How training draws t: independently, or one from each of B equal parts of 0 ... T-1."""
 
 
+ModelStyle = Literal["ddpm", "improved"]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The UNet of Ho et al.; the defaults are their CIFAR-10 network."""
+    """The UNet; the defaults are Ho et al.'s CIFAR-10 network."""
 
     channels: int = 128
     """Channels of the first level."""
@@ -60,12 +63,17 @@ class ModelConfig:
     """Residual blocks of each level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Feature map heights, in pixels, that have attention after every block."""
+    num_heads: int = 1
+    """Heads of attention."""
     dropout: float = 0.1
     """Dropout rate of the residual blocks."""
     num_groups: int = 32
     """Groups of GroupNorm."""
     num_classes: int | None = None
     """Number of classes to condition on; None for an unconditional network."""
+    style: ModelStyle = "ddpm"
+    """Details of the network as in Ho et al. (2020), or in Nichol & Dhariwal (2021): how blocks are told the time, padding,
+    GroupNorm's epsilon, initial zeros."""
     space_to_depth: int = 1
     """Edge of the patches of pixels that the network sees as one pixel; 1 for Ho et al.'s networks."""
     remat: bool = False

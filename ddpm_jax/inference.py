@@ -209,7 +209,8 @@ def load(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Model:
 
 def make_network(config: Config) -> UNet:
     """The network of a config with data.image_shape."""
-    return make_unet(config.model, _image_shape(config)[-1], config.diffusion.variance == "learned_range")
+    diffusion = config.diffusion
+    return make_unet(config.model, _image_shape(config)[-1], diffusion.variance == "learned_range", diffusion.num_steps)
 
 
 def abstract_params(config: Config, mesh: Mesh) -> PyTree:

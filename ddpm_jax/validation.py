@@ -28,6 +28,7 @@ def validate(config: "Config") -> None:
         "diffusion.num_steps": d.num_steps,
         "model.num_res_blocks": m.num_res_blocks,
         "model.num_groups": m.num_groups,
+        "model.num_heads": m.num_heads,
         "model.space_to_depth": m.space_to_depth,
         "optim.learning_rate": o.learning_rate,
         "optim.eps": o.eps,
@@ -58,6 +59,8 @@ def validate(config: "Config") -> None:
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
     _require(bool(m.multipliers) and min(m.multipliers) > 0, "model.multipliers", m.multipliers, "must be numbers above 0")
+    _require(all(m.channels * multiplier % m.num_heads == 0 for multiplier in m.multipliers), "model.num_heads", m.num_heads,
+             f"must divide the channels of every level, model.channels = {m.channels} times {list(m.multipliers)}")  # fmt: skip
     _require(t.batch_size % o.accumulate_steps == 0, "train.batch_size", t.batch_size,
              f"must be a multiple of optim.accumulate_steps = {o.accumulate_steps}")  # fmt: skip
     _require(config.seed < 2**32, "seed", config.seed, "must be below 2^32")

@@ -104,19 +104,27 @@ def train():
 # Sizes
 
 
+IMPROVED_CIFAR10 = ModelConfig(num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4, dropout=0.3, style="improved")
+
+
 @pytest.mark.parametrize(
     ("unet", "size", "total"),
     [
         (UNet(), 32, 35_746_307),
         (UNet(multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0), 256, 113_673_219),
+        (make_unet(IMPROVED_CIFAR10, 3, learn_variance=True, num_steps=4000), 32, 52_546_438),
     ],
-    ids=["cifar10", "256"],
+    ids=["cifar10", "256", "improved"],
 )
 def test_published_networks_have_their_size_block_by_block(unet, size, total):
     shapes = shapes_of(unet, (size, size, 3))
     assert num_params(shapes) == total
     sizes = sorted(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    assert sizes == sorted(unet_reference.parameter_sizes(128, unet.multipliers, 2, (16,), size, 3))
+    expected = unet_reference.parameter_sizes(
+        128, unet.multipliers, unet.num_res_blocks, unet.attention_resolutions, size, 3, unet.out_channels,
+        scale_and_shift=unet.style == "improved",
+    )  # fmt: skip
+    assert sizes == sorted(expected)
 
 
 @st.composite
