@@ -41,8 +41,10 @@ VALID = {
     "model.channels": [4, 128],
     "model.multipliers": [(1,), (1, 2, 2, 2)],
     "model.attention_resolutions": [(), (16,), (7, 14)],
+    "model.num_heads": [1, 4],
     "model.dropout": [0.0, 0.1],
     "model.num_classes": [None, 10],
+    "model.style": ["ddpm", "improved"],
     "model.remat": [True, False],
     "model.dtype": ["float32", "bfloat16"],
     "optim.optimizer": ["adam", "adamw"],
@@ -191,6 +193,7 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "model.num_res_blocks": ([0], [1]),
     "model.dropout": ([-1e-9, 1, 1.5], [0]),
     "model.num_groups": ([0], [1]),
+    "model.num_heads": ([0, -1], [1]),
     "model.num_classes": ([0], [1]),
     "model.space_to_depth": ([0], [1]),
     "optim.learning_rate": ([0, -1e-4], [1e-9]),
@@ -255,6 +258,12 @@ def test_infinite_numbers(name):
 def test_adam_has_no_weight_decay():
     one_line_error(override, Config(), {"optim.weight_decay": 0.1}, fragments=["optim.weight_decay = 0.1", "adamw"])
     override(Config(), {"optim.weight_decay": 0.1, "optim.optimizer": "adamw"})
+
+
+def test_heads_share_the_channels_of_every_level():
+    values = {"model.channels": 6, "model.multipliers": (2, 1), "model.num_heads": 4}
+    one_line_error(override, Config(), values, fragments=["model.num_heads = 4", "model.channels = 6", "[2, 1]"])
+    override(Config(), values | {"model.multipliers": (2, 4)})
 
 
 def test_every_number_has_a_lower_bound():

@@ -1,7 +1,7 @@
 """The UNets in NumPy float64, written from the description of their blocks, with loops where the library has kernels.
 
-`improved` is Nichol & Dhariwal's instead of Ho et al.'s: time scales and shifts the second norm's output, GroupNorm's epsilon is
-1e-5, strided convolutions are padded on all sides, and the time embedding is cos before sin at frequencies of its own.
+`improved` is Nichol & Dhariwal's instead of Ho et al.'s: time scales and shifts what the second norm gives, GroupNorm's epsilon
+is 1e-5, strided convolutions are padded on all sides, and the time embedding is cos before sin at frequencies of its own.
 
 A network is (parameters by name, settings); convolution weights are [3, 3, in, out], linear ones [in, out]. Nothing in
 this file imports the library.

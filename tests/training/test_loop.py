@@ -31,7 +31,7 @@ from ddpm_jax.training.step import make_train_step as library_train_step
 from ddpm_jax.training.step import make_train_steps as library_train_steps
 
 
-def make_pixel_net(config, channels, learn_variance=False):
+def make_pixel_net(config, channels, learn_variance=False, num_steps=1000):
     return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)
 
 
