@@ -260,12 +260,6 @@ def test_adam_has_no_weight_decay():
     override(Config(), {"optim.weight_decay": 0.1, "optim.optimizer": "adamw"})
 
 
-def test_heads_share_the_channels_of_every_level():
-    values = {"model.channels": 6, "model.multipliers": (2, 1), "model.num_heads": 4}
-    one_line_error(override, Config(), values, fragments=["model.num_heads = 4", "model.channels = 6", "[2, 1]"])
-    override(Config(), values | {"model.multipliers": (2, 4)})
-
-
 def test_every_number_has_a_lower_bound():
     numeric = {name for name, hint in FIELDS.items() if hint in (int, float, int | None, float | None)}
     betas = {"diffusion.beta_start", "diffusion.beta_end"}
@@ -275,6 +269,12 @@ def test_every_number_has_a_lower_bound():
 def test_batch_that_accumulation_does_not_divide():
     values = {"train.batch_size": 10, "optim.accumulate_steps": 4}
     one_line_error(override, Config(), values, fragments=["train.batch_size = 10", "optim.accumulate_steps = 4"])
+
+
+def test_heads_share_the_channels_of_every_level():
+    values = {"model.channels": 6, "model.multipliers": (2, 1), "model.num_heads": 4}
+    one_line_error(override, Config(), values, fragments=["model.num_heads = 4", "model.channels = 6", "[2, 1]"])
+    override(Config(), values | {"model.multipliers": (2, 4)})
 
 
 @pytest.mark.parametrize("name", ["missing.py", "."])

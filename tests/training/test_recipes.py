@@ -39,7 +39,7 @@ def test_three_steps_of_a_shrunken_recipe(name):
     unet, optimizer = make_network(config), make_optimizer(config.optim, config.train.num_steps)
     step = jax.jit(make_train_step(config, config_schedule(config), unet, optimizer), compiler_options=FAST)
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
-    state = first = init_state(config, unet, optimizer)
+    state = first = jax.jit(lambda: init_state(config, unet, optimizer), compiler_options=FAST)()
     for _ in range(3):
         state, metrics = step(state, Batch(jnp.asarray(images), None))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, metrics)))
