@@ -199,13 +199,24 @@ def p_mean_log_variance(
     Raises:
         ValueError: "learned_range" with a denoiser that tells no variance, or an unknown name.
     """
-    x0, _, log_variance = denoiser(xt, t)
-    mean, _, _ = q_posterior(schedule, x0, xt, t)
+    denoised = denoiser(xt, t)
+    mean, _, _ = q_posterior(schedule, denoised.x0, xt, t)
+    return mean, p_log_variance_of(schedule, denoised, t, variance)
+
+
+def p_log_variance_of(
+    schedule: Schedule, denoised: Denoised, t: Int[Array, "*batch"], variance: Variance
+) -> Float[Array, "..."]:
+    """Log variance of p(x_{t-1} | xt), to be multiplied with images: the fixed one of t, or what the denoiser tells.
+
+    Raises:
+        ValueError: "learned_range" with a denoiser that tells no variance, or an unknown name.
+    """
     if variance != "learned_range":
-        return mean, at(p_log_variance(schedule, variance), t, xt)
-    if log_variance is None:
+        return at(p_log_variance(schedule, variance), t, denoised.x0)
+    if denoised.log_variance is None:
         raise ValueError("variance learned_range needs a network that tells its variance: choose fixed_small or fixed_large")
-    return mean, log_variance
+    return denoised.log_variance
 
 
 def range_log_variance(schedule: Schedule, place: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Float[Array, "*shape"]:
