@@ -9,7 +9,7 @@ import pytest
 import reference
 import scipy.integrate
 import scipy.stats
-from reference import assert_close
+from reference import assert_close, log_mass, vlb_term
 
 from ddpm_jax import Denoised, make_denoiser, make_schedule
 from ddpm_jax.diffusion.bound import discretized_gaussian_log_likelihood, gaussian_kl, vlb_terms
@@ -55,16 +55,6 @@ def test_kl_of_almost_equal_variances_keeps_its_digits():
 
 
 # --- the decoder
-
-
-def log_mass(x0, mean, deviation):
-    """Log of the mass of the bins, from the tail in which it is a difference of small numbers."""
-    lower, upper = (x0 - 1 / 255 - mean) / deviation, (x0 + 1 / 255 - mean) / deviation
-    lower, upper = np.where(x0 < -0.999, -np.inf, lower), np.where(x0 > 0.999, np.inf, upper)
-    swap = lower + upper > 0
-    lower, upper = np.where(swap, -upper, lower), np.where(swap, -lower, upper)
-    high, low = scipy.stats.norm.logcdf(upper), scipy.stats.norm.logcdf(lower)
-    return high + np.log1p(-np.exp(low - high))
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.01, 0.1, 1.0])
@@ -114,29 +104,6 @@ def images(seed, channels=2):
     return x0, eps, guess, rng.uniform(-1, 1, shape).astype(np.float32)
 
 
-def log_variances(variance, place, t):
-    """Those of p(x_{t-1} | xt) in float64; at t = 0 the two fixed ones are the posterior's of t = 1, as in Ho's code."""
-    posterior = reference.posterior_coefficients(BETAS)[2]
-    small = math.log(posterior[max(t, 1)])
-    if variance == "fixed_small" or (variance == "fixed_large" and t == 0):
-        return small
-    if variance == "fixed_large":
-        return math.log(BETAS[t])
-    return (place + 1) / 2 * math.log(BETAS[t]) + (1 - place) / 2 * small
-
-
-def plain_term(variance, x0, guess, place, t):
-    """One image's term in bits per dimension, in float64."""
-    x0, guess, place = (array.astype(np.float64) for array in (x0, guess, place))
-    log_variance = np.broadcast_to(log_variances(variance, place, t), x0.shape)
-    if t == 0:
-        return -log_mass(x0, guess, np.exp(log_variance / 2)).mean() / math.log(2)
-    c0, _, posterior = (coefficient[t] for coefficient in reference.posterior_coefficients(BETAS))
-    ratio = posterior / np.exp(log_variance)
-    kl = (ratio - 1 - np.log(ratio) + (c0 * (x0 - guess)) ** 2 / np.exp(log_variance)) / 2
-    return kl.mean() / math.log(2)
-
-
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_terms_equal_the_reference(schedule, variance):
     x0, eps, guess, place = images(0)
@@ -145,7 +112,9 @@ def test_terms_equal_the_reference(schedule, variance):
     xt = np.stack([reference.q_sample(BETAS, x0[i], t, eps[i]) for i, t in enumerate(T)])
     terms = vlb_terms(schedule, denoiser, *float32(x0, xt), jnp.asarray(T), variance)
     assert terms.dtype == jnp.float32
-    expected = [plain_term(variance, x0[i], guess[i], place[i], t) for i, t in enumerate(T)]
+    expected = [
+        vlb_term(BETAS, x0[i], guess[i], t, variance, place[i] if "learned" in variance else None) for i, t in enumerate(T)
+    ]
     # rtol: float32's log variances, up to 12, are off by 5e-7, and x0 - x0's guess of 0.02 is by 1e-7 of 1.
     assert_close(terms, expected, rtol=2e-5)
 
