@@ -174,6 +174,21 @@ def test_stopping_and_going_on_is_the_uninterrupted_run(config, whole, tmp_path,
     assert without_speed(records(tmp_path)) == without_speed(records(whole.workdir))
 
 
+def test_importance_sampling_goes_on_where_it_stopped(config, tmp_path):
+    """Its losses are in the checkpoint: hybrid loss, learned variance, parts of a batch, all steps in the same bits."""
+    diffusion = DiffusionConfig(num_steps=3, schedule="cosine", variance="learned_range", loss="hybrid", timesteps="importance")
+    optim = dataclasses.replace(config.optim, accumulate_steps=2)
+    config = with_train(dataclasses.replace(config, diffusion=diffusion, optim=optim), batch_size=12)
+    whole = loop.train(config, tmp_path / "whole")
+    assert (np.asarray(whole.loss_history.seen) >= 10).all()
+    loop.train(with_train(config, num_steps=7), tmp_path / "parts")
+    assert_same_bits(loop.train(config, tmp_path / "parts"), whole)
+    with pytest.raises(InputError, match=r"diffusion.timesteps: importance -> uniform"):
+        loop.train(
+            dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, timesteps="uniform")), tmp_path / "parts"
+        )
+
+
 @pytest.mark.parametrize("together", [3, 100])
 def test_steps_dispatched_together_train_the_same(config, whole, tmp_path, together):
     """Also where records and checkpoints, due every 3 and 4 steps, cut the parts short."""
