@@ -14,7 +14,7 @@ from ddpm_jax import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConf
 
 config = Config(
     data=DataConfig(source="cifar10_train.npz", image_shape=(32, 32, 3), flip=False),
-    diffusion=DiffusionConfig(schedule="cosine", num_steps=4000, prediction="eps", variance="learned_range"),
+    diffusion=DiffusionConfig(schedule="cosine", num_steps=4000, prediction="eps", variance="learned_range", loss="hybrid"),
     model=ModelConfig(
         channels=128,
         multipliers=(1, 2, 2, 2),
