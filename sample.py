@@ -48,6 +48,8 @@ class Arguments:
     """Noise of ddim, 0 to 1."""
     spacing: Spacing | None = None
     """Which timesteps are visited."""
+    threshold: Literal["static", "dynamic", "none"] | None = None
+    """What is done with an x0 outside [-1, 1]."""
     label: int | None = None
     """Class of all images; None: image i shows class i mod the number of classes."""
     batch_size: int | None = None
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
     out = args.out or run_folder / "samples.png"
     kind = check_output(out, model.image_shape[-1])
-    settings = {name: getattr(args, name) for name in ("sampler", "num_steps", "eta", "spacing", "batch_size")}
+    settings = {name: getattr(args, name) for name in ("sampler", "num_steps", "eta", "spacing", "threshold", "batch_size")}
     frames = GIF_FRAMES if kind == ".gif" else 0
     with sample_progress(args.num_images) as on_batch:
         images = model.sample(args.num_images, args.seed, labels=args.label, num_frames=frames, on_batch=on_batch, **settings)

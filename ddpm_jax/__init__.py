@@ -21,7 +21,7 @@ from ddpm_jax.diffusion.process import (
     q_sample,
 )
 from ddpm_jax.diffusion.samplers import sample
-from ddpm_jax.diffusion.schedule import Schedule, make_schedule, schedule_from_betas
+from ddpm_jax.diffusion.schedule import Schedule, make_schedule, rescale_zero_terminal_snr, schedule_from_betas
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.inference import Model, load
 from ddpm_jax.models import UNet
@@ -53,6 +53,7 @@ __all__ = [
     "predict_x0",
     "q_posterior",
     "q_sample",
+    "rescale_zero_terminal_snr",
     "sample",
     "schedule_from_betas",
     "train",

@@ -1,7 +1,7 @@
 """How runs are stored: Orbax checkpoints in a run folder, each with its config inside.
 
     RUN/config.json                 the config of the run
-    RUN/checkpoints/STEP/           params, ema and training (optimiser state, step), each readable alone
+    RUN/checkpoints/STEP/           params, ema and training (optimiser state, step, loss history), each readable alone
 
 A checkpoint is written to a temporary folder and renamed when whole, so a killed run leaves either all of it or none.
 One that was damaged later is put aside as STEP.damaged, and the one before it is used.
@@ -212,7 +212,9 @@ def _newest_first(folder: Path) -> Iterator[Path]:
 
 
 def _training(state: TrainState) -> dict[str, PyTree]:
-    return {"step": state.step, "opt_state": state.opt_state}
+    # What a run has none of is left out, so that checkpoints of before it existed stay readable.
+    history = {} if state.loss_history is None else {"loss_history": state.loss_history}
+    return {"step": state.step, "opt_state": state.opt_state} | history
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ddpm_jax.diffusion.losses import Loss, LossWeight
 from ddpm_jax.diffusion.process import Prediction, Variance
 from ddpm_jax.diffusion.schedule import ScheduleKind, Spacing
 from ddpm_jax.errors import InputError
@@ -44,13 +45,24 @@ class DiffusionConfig:
     """What the network predicts: the noise, the clean image, or v = sqrt(ab) eps - sqrt(1 - ab) x0."""
     variance: Variance = "fixed_large"
     """Variance of the reverse steps of the ddpm sampler: beta, that of the posterior, or one between them that is learned."""
-    timesteps: Literal["uniform", "stratified"] = "uniform"
-    """How training draws t: independently, or one from each of B equal parts of 0 ... T-1."""
+    zero_terminal_snr: bool = False
+    """Whether the schedule is rescaled so that the last xt is nothing but noise; for prediction v and x0."""
+    loss: Loss = "simple"
+    """The squared error, the variational bound, or their sum, in which the bound trains the learned variance alone."""
+    loss_weight: LossWeight = "constant"
+    """Weight of the squared error by t: 1, or what makes min(snr, min_snr_gamma) or max(snr, 1) the weight of x0's error."""
+    min_snr_gamma: float = 5.0
+    """Limit of the weight min_snr."""
+    timesteps: Literal["uniform", "stratified", "importance"] = "uniform"
+    """How training draws t: independently, one from each of B equal parts of 0 ... T-1, or large losses more often."""
+
+
+ModelStyle = Literal["ddpm", "improved"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The UNet of Ho et al.; the defaults are their CIFAR-10 network."""
+    """The UNet; the defaults are Ho et al.'s CIFAR-10 network."""
 
     channels: int = 128
     """Channels of the first level."""
@@ -60,12 +72,17 @@ class ModelConfig:
     """Residual blocks of each level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Feature map heights, in pixels, that have attention after every block."""
+    num_heads: int = 1
+    """Heads of attention."""
     dropout: float = 0.1
     """Dropout rate of the residual blocks."""
     num_groups: int = 32
     """Groups of GroupNorm."""
     num_classes: int | None = None
     """Number of classes to condition on; None for an unconditional network."""
+    style: ModelStyle = "ddpm"
+    """Details of the network as in Ho et al. (2020), or in Nichol & Dhariwal (2021): how blocks are told the time, padding,
+    GroupNorm's epsilon, initial zeros."""
     space_to_depth: int = 1
     """Edge of the patches of pixels that the network sees as one pixel; 1 for Ho et al.'s networks."""
     remat: bool = False
@@ -141,6 +158,8 @@ class SampleConfig:
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
     spacing: Spacing = "uniform"
     """Which timesteps are visited."""
+    threshold: Literal["static", "dynamic", "none"] = "static"
+    """What is done with an x0 outside [-1, 1]: clipped, clipped at a high quantile of the image and scaled, or nothing."""
     batch_size: int = 64
     """Images drawn at once; has no influence on the images."""
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from ddpm_jax.checkpoint import abstract_like, load_weights
 from ddpm_jax.config import Config, override
-from ddpm_jax.diffusion.process import make_denoiser
+from ddpm_jax.diffusion.process import Clip, make_denoiser
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
@@ -27,6 +27,8 @@ from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, repli
 from ddpm_jax.validation import config_schedule
 
 SAMPLING = 2**32 - 1  # keeps the keys of images apart from those of training steps, which fold in the step
+
+CLIP: dict[str, Clip] = {"static": True, "dynamic": "dynamic", "none": False}  # by the names of sample.threshold
 
 DrawFn = Callable[[PyTree, Key[Array, " B"], Int[Array, " B"] | None], UInt8[Array, "... H W C"]]
 
@@ -49,7 +51,7 @@ def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
     unet, schedule, settings = make_network(config), config_schedule(config), config.sample
 
     def draw(params: PyTree, keys: Key[Array, " B"], labels: Int[Array, " B"] | None) -> UInt8[Array, "... H W C"]:
-        denoiser = make_denoiser(schedule, bind(unet, params, labels), config.diffusion.prediction)
+        denoiser = make_denoiser(schedule, bind(unet, params, labels), config.diffusion.prediction, CLIP[settings.threshold])
         images = sample(
             keys, schedule, denoiser, (keys.shape[0], *shape), settings.sampler, settings.num_steps, settings.eta,
             settings.spacing, trajectory=num_frames, variance=config.diffusion.variance,
@@ -144,6 +146,7 @@ class Model:
         num_steps: int | None = None,
         eta: float | None = None,
         spacing: Spacing | None = None,
+        threshold: Literal["static", "dynamic", "none"] | None = None,
         labels: int | Int[np.ndarray, " N"] | None = None,
         batch_size: int | None = None,
         num_frames: int = 0,
@@ -154,10 +157,11 @@ class Model:
         Args:
             num_images: N >= 1.
             seed: 0 ... 2^32 - 1.
-            sampler: algorithm; this and the next four are those of config.sample where not given, see `ddpm_jax.sample`.
+            sampler: algorithm; this and the next five are those of config.sample where not given, see `ddpm_jax.sample`.
             num_steps: network evaluations for each image.
             eta: noise of ddim.
             spacing: which timesteps are visited.
+            threshold: what is done with an x0 outside [-1, 1].
             batch_size: images drawn at once; has no influence on them.
             labels: one class for all images or one for each; image i shows class i mod num_classes where not given.
             num_frames: 0, or how many frames [F, N, H, W, C] to return of the way from noise to images, 2 or more.
@@ -166,7 +170,8 @@ class Model:
         Raises:
             InputError: a setting out of range, or labels that the network doesn't know.
         """
-        given = {"sampler": sampler, "num_steps": num_steps, "eta": eta, "spacing": spacing, "batch_size": batch_size}
+        given = {"sampler": sampler, "num_steps": num_steps, "eta": eta, "spacing": spacing, "threshold": threshold,
+                 "batch_size": batch_size}  # fmt: skip
         config = override(self.config, {f"sample.{name}": value for name, value in given.items() if value is not None})
         if num_images < 1:
             raise InputError(f"num_images = {num_images}: must be 1 or more")
@@ -209,7 +214,8 @@ def load(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Model:
 
 def make_network(config: Config) -> UNet:
     """The network of a config with data.image_shape."""
-    return make_unet(config.model, _image_shape(config)[-1], config.diffusion.variance == "learned_range")
+    diffusion = config.diffusion
+    return make_unet(config.model, _image_shape(config)[-1], diffusion.variance == "learned_range", diffusion.num_steps)
 
 
 def abstract_params(config: Config, mesh: Mesh) -> PyTree:

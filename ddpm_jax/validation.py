@@ -4,11 +4,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ddpm_jax.diffusion.samplers import find_sampler
-from ddpm_jax.diffusion.schedule import Schedule, make_schedule, spaced_timesteps
+from ddpm_jax.diffusion.schedule import Schedule, make_schedule, rescale_zero_terminal_snr, spaced_timesteps
 from ddpm_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from ddpm_jax.config import Config
+    from ddpm_jax.config import Config, DiffusionConfig
 
 
 def config_schedule(config: "Config") -> Schedule:
@@ -16,7 +16,8 @@ def config_schedule(config: "Config") -> Schedule:
     d = config.diffusion
     betas = {"beta_start": d.beta_start, "beta_end": d.beta_end} if d.schedule in ("linear", "scaled_linear") else {}
     try:
-        return make_schedule(d.schedule, d.num_steps, **betas)
+        schedule = make_schedule(d.schedule, d.num_steps, **betas)
+        return rescale_zero_terminal_snr(schedule) if d.zero_terminal_snr else schedule
     except ValueError as error:
         raise InputError(f"diffusion: {error}") from error
 
@@ -26,8 +27,10 @@ def validate(config: "Config") -> None:
     d, m, o, t, s = config.diffusion, config.model, config.optim, config.train, config.sample
     positive = {
         "diffusion.num_steps": d.num_steps,
+        "diffusion.min_snr_gamma": d.min_snr_gamma,
         "model.num_res_blocks": m.num_res_blocks,
         "model.num_groups": m.num_groups,
+        "model.num_heads": m.num_heads,
         "model.space_to_depth": m.space_to_depth,
         "optim.learning_rate": o.learning_rate,
         "optim.eps": o.eps,
@@ -58,6 +61,8 @@ def validate(config: "Config") -> None:
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
     _require(bool(m.multipliers) and min(m.multipliers) > 0, "model.multipliers", m.multipliers, "must be numbers above 0")
+    _require(all(m.channels * multiplier % m.num_heads == 0 for multiplier in m.multipliers), "model.num_heads", m.num_heads,
+             f"must divide the channels of every level, model.channels = {m.channels} times {list(m.multipliers)}")  # fmt: skip
     _require(t.batch_size % o.accumulate_steps == 0, "train.batch_size", t.batch_size,
              f"must be a multiple of optim.accumulate_steps = {o.accumulate_steps}")  # fmt: skip
     _require(config.seed < 2**32, "seed", config.seed, "must be below 2^32")
@@ -66,6 +71,7 @@ def validate(config: "Config") -> None:
         _require(math.isfinite(getattr(o, name)), f"optim.{name}", getattr(o, name), "must be finite")
     for name, value in {"diffusion.beta_start": d.beta_start, "diffusion.beta_end": d.beta_end}.items():
         _require(0 < value < 1, name, value, "must lie in (0, 1)")
+    _check_objective(d)
     config_schedule(config)
     try:
         find_sampler(s.sampler)
@@ -75,6 +81,23 @@ def validate(config: "Config") -> None:
         spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing)
     except ValueError as error:
         raise InputError(f"sample.num_steps: {error}") from error
+
+
+def _check_objective(d: "DiffusionConfig") -> None:
+    """Raise InputError where prediction, variance, loss, weight and schedule don't go together."""
+    learned = d.variance == "learned_range"
+    _require(not learned or d.loss != "simple", "diffusion.loss", d.loss,
+             "trains no variance, so diffusion.variance = learned_range needs hybrid or vlb")  # fmt: skip
+    _require(learned or d.loss != "hybrid", "diffusion.loss", d.loss,
+             f"its bound trains the variance alone, and diffusion.variance = {d.variance} has none to train: use simple or vlb,"
+             " or learned_range")  # fmt: skip
+    _require(d.loss != "vlb" or d.loss_weight == "constant", "diffusion.loss_weight", d.loss_weight,
+             "the bound has weights of its own, so diffusion.loss = vlb needs constant")  # fmt: skip
+    if d.zero_terminal_snr:
+        _require(d.prediction != "eps", "diffusion.prediction", d.prediction,
+                 "tells nothing of x0 where diffusion.zero_terminal_snr leaves nothing but noise: use v or x0")  # fmt: skip
+        _require(d.loss_weight != "min_snr", "diffusion.loss_weight", d.loss_weight,
+                 "gives no weight to the step that diffusion.zero_terminal_snr leaves without signal: use another")  # fmt: skip
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:

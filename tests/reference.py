@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.stats
 
 RTOL, ATOL = 1e-5, 1e-6
 """Tolerance of a float32 result; a test that needs a looser one says why."""
@@ -77,6 +78,15 @@ def alpha_bars(betas):
         product *= 1 - beta
         out.append(product)
     return np.array(out)
+
+
+def zero_terminal_betas(betas):
+    """Algorithm 1 of Lin et al. (2023), line by line: betas to sqrt(alpha_bar), shifted, scaled, and back to betas."""
+    root = [math.sqrt(alpha_bar) for alpha_bar in alpha_bars(betas)]
+    first, last = root[0], root[-1]
+    root = [(value - last) * (first / (first - last)) for value in root]
+    alphas = [root[0] ** 2] + [(root[i] / root[i - 1]) ** 2 for i in range(1, len(root))]
+    return 1 - np.array(alphas)
 
 
 def forward_kernels(betas):
@@ -208,6 +218,34 @@ def ema(initial: float, values: Sequence[float], decays: Sequence[float]) -> lis
         average = decay * average + (1 - decay) * value
         out.append(average)
     return out
+
+
+def log_mass(x0, mean, deviation):
+    """Log of a Gaussian's mass on x0's grey level, from the tail in which it is a difference of small numbers."""
+    lower, upper = (x0 - 1 / 255 - mean) / deviation, (x0 + 1 / 255 - mean) / deviation
+    lower, upper = np.where(x0 < -0.999, -np.inf, lower), np.where(x0 > 0.999, np.inf, upper)
+    swap = lower + upper > 0
+    lower, upper = np.where(swap, -upper, lower), np.where(swap, -lower, upper)
+    high, low = scipy.stats.norm.logcdf(upper), scipy.stats.norm.logcdf(lower)
+    return high + np.log1p(-np.exp(low - high))
+
+
+def vlb_term(betas, x0, guess, t, variance, place=None):
+    """One image's term of the bound, bits per dimension, from the predicted x0 and the place of a learned log variance.
+
+    At t = 0 the two fixed variances are the posterior's of t = 1, as in Ho et al.'s code.
+    """
+    x0, guess = x0.astype(np.float64), guess.astype(np.float64)
+    c0, _, posterior = posterior_coefficients(betas)
+    log_small = math.log(posterior[max(t, 1)])
+    log_large = math.log(betas[t]) if t or variance == "learned_range" else log_small
+    share = {"fixed_small": 0.0, "fixed_large": 1.0}[variance] if place is None else (place.astype(np.float64) + 1) / 2
+    p_variance = np.broadcast_to(np.exp(share * log_large + (1 - share) * log_small), x0.shape)
+    if t == 0:
+        return -log_mass(x0, guess, np.sqrt(p_variance)).mean() / math.log(2)
+    ratio = posterior[t] / p_variance
+    kl = (ratio - 1 - np.log(ratio) + (c0[t] * (x0 - guess)) ** 2 / p_variance) / 2
+    return kl.mean() / math.log(2)
 
 
 # Timestep embedding

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax.checkpoint import (
     abstract_like,
@@ -24,6 +25,7 @@ from ddpm_jax.checkpoint import (
     write_config,
 )
 from ddpm_jax.config import HARMLESS, Config, DataConfig, TrainConfig, override
+from ddpm_jax.diffusion.timesteps import LossHistory
 from ddpm_jax.errors import InputError
 from ddpm_jax.parallel import make_mesh, put, replicated
 from ddpm_jax.training.optimizer import make_optimizer
@@ -121,6 +123,22 @@ def test_a_state_comes_back_bit_by_bit(pristine):
     assert int(restored.step) == 30
     assert int(optax.tree.get(restored.opt_state, "count", filtering=lambda path, _: "Adam" in str(path))) == 30
     assert np.any(optax.tree.get(restored.opt_state, "nu")["conv"]["kernel"])
+
+
+def test_what_a_run_has_none_of_is_not_stored(pristine):
+    """So a checkpoint of before there were loss histories is one of a run without."""
+    stored = ocp.checkpointables_metadata(pristine / "checkpoints" / "30").metadata["training"]
+    assert set(stored) == {"step", "opt_state"}
+
+
+def test_a_loss_history_comes_back_bit_by_bit(tmp_path):
+    losses = np.random.default_rng(3).standard_normal((5, 10)).astype(np.float32)
+    history = put(LossHistory(losses, np.arange(5, dtype=np.int32)), replicated(mesh_of(1)))
+    state = make_state(1)._replace(loss_history=history)
+    with open_checkpoints(tmp_path, CONFIG) as checkpoints:
+        save(checkpoints, state, 1, CONFIG)
+        checkpoints.wait()
+    assert_same_bits(restore_newest(tmp_path, abstract_like(state, replicated(mesh_of(1)))), state)
 
 
 @pytest.mark.parametrize(("written_on", "read_on"), [(8, 1), (1, 8), (2, 4)])

@@ -588,10 +588,10 @@ def test_options_reach_the_sampler(run, model, tmp_path, caplog, monkeypatch):
 
     monkeypatch.setattr(type(model), "sample", draw_nothing)
     argv = "--sampler ddpm --num-steps 3 --eta 0.5 --spacing trailing --batch-size 2 --weights raw --seed 5 --label 1"
-    line = draw(run, caplog, tmp_path / "a.npz", *argv.split())
+    line = draw(run, caplog, tmp_path / "a.npz", *argv.split(), "--threshold", "dynamic")
     assert all(part in line for part in ("ddpm", "3 steps", "raw", "step 4", "seed 5"))
     given = {"num_images": NUM_IMAGES, "seed": 5, "sampler": "ddpm", "num_steps": 3, "eta": 0.5, "spacing": "trailing",
-             "batch_size": 2, "labels": 1}  # fmt: skip
+             "threshold": "dynamic", "batch_size": 2, "labels": 1}  # fmt: skip
     assert {name: calls[0][name] for name in given} == given
     assert len(calls) == 1
 

@@ -12,6 +12,7 @@ from hypothesis import given
 
 from ddpm_jax import Config, DataConfig, InputError, ModelConfig, OptimConfig, TrainConfig, load_config
 from ddpm_jax.config import differences, flatten, from_json, override, to_json
+from ddpm_jax.validation import config_schedule
 
 FASHION = ROOT / "configs" / "fashion_mnist.py"
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -37,12 +38,16 @@ VALID = {
     "diffusion.beta_end": [0.012, 0.02],
     "diffusion.prediction": ["eps", "x0", "v"],
     "diffusion.variance": ["fixed_small", "fixed_large"],
-    "diffusion.timesteps": ["uniform", "stratified"],
+    "diffusion.timesteps": ["uniform", "stratified", "importance"],
+    "diffusion.loss_weight": ["constant", "min_snr", "truncated_snr"],
+    "diffusion.min_snr_gamma": [0.5, 5.0],
     "model.channels": [4, 128],
     "model.multipliers": [(1,), (1, 2, 2, 2)],
     "model.attention_resolutions": [(), (16,), (7, 14)],
+    "model.num_heads": [1, 4],
     "model.dropout": [0.0, 0.1],
     "model.num_classes": [None, 10],
+    "model.style": ["ddpm", "improved"],
     "model.remat": [True, False],
     "model.dtype": ["float32", "bfloat16"],
     "optim.optimizer": ["adam", "adamw"],
@@ -59,6 +64,7 @@ VALID = {
     "sample.num_steps": [None, 1, 100],
     "sample.eta": [0.0, 0.5, 1.0],
     "sample.spacing": ["uniform", "trailing", "quadratic"],
+    "sample.threshold": ["static", "dynamic", "none"],
     "seed": [0, 2**32 - 1],
 }
 overrides = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALID.items()})
@@ -187,10 +193,12 @@ def test_whole_numbers_are_floats_and_lists_are_tuples():
 BOUNDS = {  # the nearest values outside the range, and those at its ends
     "data.device_megabytes": ([-1], [0]),
     "diffusion.num_steps": ([0, -3], [1000]),
+    "diffusion.min_snr_gamma": ([0, -5], [1e-3]),
     "model.channels": ([3, 0], [4]),
     "model.num_res_blocks": ([0], [1]),
     "model.dropout": ([-1e-9, 1, 1.5], [0]),
     "model.num_groups": ([0], [1]),
+    "model.num_heads": ([0, -1], [1]),
     "model.num_classes": ([0], [1]),
     "model.space_to_depth": ([0], [1]),
     "optim.learning_rate": ([0, -1e-4], [1e-9]),
@@ -257,6 +265,38 @@ def test_adam_has_no_weight_decay():
     override(Config(), {"optim.weight_decay": 0.1, "optim.optimizer": "adamw"})
 
 
+@pytest.mark.parametrize(
+    ("values", "fragments"),
+    [
+        ({"variance": "learned_range"}, ["diffusion.loss = simple", "learned_range", "hybrid or vlb"]),
+        ({"loss": "hybrid"}, ["diffusion.loss = hybrid", "fixed_large", "simple or vlb"]),
+        ({"loss": "hybrid", "variance": "fixed_small"}, ["diffusion.loss = hybrid", "fixed_small"]),
+        ({"loss": "vlb", "loss_weight": "min_snr"}, ["diffusion.loss_weight = min_snr", "vlb", "constant"]),
+        ({"loss": "vlb", "loss_weight": "truncated_snr"}, ["diffusion.loss_weight = truncated_snr", "vlb", "constant"]),
+        ({"zero_terminal_snr": True}, ["diffusion.prediction = eps", "zero_terminal_snr", "v or x0"]),
+        ({"zero_terminal_snr": True, "prediction": "v", "loss_weight": "min_snr"}, ["min_snr", "zero_terminal_snr"]),
+        ({"zero_terminal_snr": True, "prediction": "v", "num_steps": 1, "schedule": "cosine"}, ["2 steps or more"]),
+    ],
+)  # fmt: skip
+def test_objectives_that_do_not_go_together(values, fragments):
+    values = {f"diffusion.{name}": value for name, value in values.items()} | {"sample.num_steps": None}
+    one_line_error(override, Config(), values, fragments=fragments)
+
+
+@pytest.mark.parametrize("values", [
+    {"variance": "learned_range", "loss": "hybrid", "loss_weight": "min_snr", "timesteps": "importance"},
+    {"variance": "learned_range", "loss": "vlb", "timesteps": "importance"},
+    {"variance": "fixed_small", "loss": "vlb", "prediction": "x0"},
+    {"zero_terminal_snr": True, "prediction": "x0", "loss_weight": "truncated_snr"},
+    {"zero_terminal_snr": True, "prediction": "v", "variance": "learned_range", "loss": "hybrid"},
+    {"zero_terminal_snr": True, "prediction": "v", "num_steps": 2, "schedule": "cosine"},
+])  # fmt: skip
+def test_objectives_that_go_together(values):
+    values = {f"diffusion.{name}": value for name, value in values.items()} | {"sample.num_steps": None}
+    config = override(Config(), values)
+    assert bool(config_schedule(config).alpha_bar[-1] == 0) == config.diffusion.zero_terminal_snr
+
+
 def test_every_number_has_a_lower_bound():
     numeric = {name for name, hint in FIELDS.items() if hint in (int, float, int | None, float | None)}
     betas = {"diffusion.beta_start", "diffusion.beta_end"}
@@ -266,6 +306,12 @@ def test_every_number_has_a_lower_bound():
 def test_batch_that_accumulation_does_not_divide():
     values = {"train.batch_size": 10, "optim.accumulate_steps": 4}
     one_line_error(override, Config(), values, fragments=["train.batch_size = 10", "optim.accumulate_steps = 4"])
+
+
+def test_heads_share_the_channels_of_every_level():
+    values = {"model.channels": 6, "model.multipliers": (2, 1), "model.num_heads": 4}
+    one_line_error(override, Config(), values, fragments=["model.num_heads = 4", "model.channels = 6", "[2, 1]"])
+    override(Config(), values | {"model.multipliers": (2, 4)})
 
 
 @pytest.mark.parametrize("name", ["missing.py", "."])

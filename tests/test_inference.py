@@ -130,6 +130,25 @@ def test_settings_change_the_images(model, hundred):
     assert grey_levels_apart(model.sample(num_images=64, sampler="ddim"), hundred[:64]) > 10
 
 
+@pytest.mark.parametrize(("threshold", "clip"), [(None, True), ("static", True), ("dynamic", "dynamic"), ("none", False)])
+def test_the_threshold_reaches_the_denoiser(model, monkeypatch, threshold, clip):
+    seen = []
+
+    class Enough(Exception):
+        """Raised before anything is compiled."""
+
+    def spy(schedule, network_fn, prediction, clip):
+        seen.append(clip)
+        raise Enough
+
+    monkeypatch.setattr(inference, "make_denoiser", spy)
+    inference.make_draw.cache_clear()
+    with pytest.raises(Enough):
+        model.sample(num_images=1, num_steps=1, threshold=threshold)
+    inference.make_draw.cache_clear()
+    assert seen == [clip]
+
+
 def test_one_program_serves_every_batch(model, monkeypatch):
     """The last batch is filled up, and another call with the same settings traces and compiles nothing."""
     traced = []

@@ -23,7 +23,10 @@ from ddpm_jax.diffusion.schedule import Schedule, respace
 
 Prediction = Literal["eps", "x0", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+Clip = bool | Literal["dynamic"]
 AnyKey = Key[Array, "..."] | UInt32[Array, "..."]
+
+DYNAMIC_QUANTILE = 0.995  # Share of an image's values that dynamic thresholding leaves as they are.
 
 
 class Denoised(NamedTuple):
@@ -128,7 +131,7 @@ class NetworkDenoiser:
     schedule: Schedule
     network_fn: NetworkFn
     prediction: Prediction
-    clip: bool
+    clip: Clip
 
     def __call__(self, xt: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Denoised:
         """x0, eps and any learned log variance at xt."""
@@ -139,7 +142,7 @@ class NetworkDenoiser:
         x0 = predict_x0(self.schedule, xt, t, output, self.prediction)
         if not self.clip:
             return Denoised(x0, predict_eps(self.schedule, xt, t, output, self.prediction), log_variance)
-        x0 = jnp.clip(x0, -1.0, 1.0)
+        x0 = dynamic_threshold(x0, t.ndim) if self.clip == "dynamic" else jnp.clip(x0, -1.0, 1.0)
         return Denoised(x0, predict_eps(self.schedule, xt, t, x0, "x0"), log_variance)
 
     def visiting(self, timesteps: Int[Array, " K"]) -> "NetworkDenoiser":
@@ -149,7 +152,7 @@ class NetworkDenoiser:
 
 
 def make_denoiser(
-    schedule: Schedule, network_fn: NetworkFn, prediction: Prediction = "eps", clip: bool = True
+    schedule: Schedule, network_fn: NetworkFn, prediction: Prediction = "eps", clip: Clip = True
 ) -> NetworkDenoiser:
     """A denoiser (xt, t) -> Denoised from a network (xt, t) -> output.
 
@@ -160,10 +163,30 @@ def make_denoiser(
         schedule: the one that the network was trained with.
         network_fn: the network with its weights; computed in any dtype, read as float32.
         prediction: what its output means: "eps", "x0" or "v".
-        clip: whether x0 is clipped to [-1, 1], the range of images; eps then follows the clipped x0.
+        clip: whether x0 is clipped to [-1, 1], the range of images, or "dynamic", see dynamic_threshold; eps then follows
+            the clipped x0.
+
+    Raises:
+        ValueError: an unknown name, or "eps" with a schedule that ends at alpha_bar = 0.
     """
     _check_prediction(prediction)
+    if clip not in (True, False, "dynamic"):
+        raise ValueError(f"unknown way to clip {clip!r}: choose True, False or 'dynamic'")
+    known = not isinstance(schedule.alpha_bar, jax.core.Tracer)  # as an argument of a compiled function it is not
+    if prediction == "eps" and known and jax.device_get(schedule.alpha_bar)[-1] == 0:
+        raise ValueError("prediction eps tells nothing of x0 where alpha_bar = 0 (zero terminal SNR): choose x0 or v")
     return NetworkDenoiser(schedule, network_fn, prediction, clip)
+
+
+def dynamic_threshold(x0: Float[Array, "*shape"], batch_axes: int) -> Float[Array, "*shape"]:
+    """x0 clipped to [-s, s] and divided by s, image by image, section 2.3 of Saharia et al. (2022), arXiv:2205.11487.
+
+    s >= 1 is the DYNAMIC_QUANTILE of |x0| over all axes behind the first `batch_axes`. Where a sampler drives x0 out of
+    [-1, 1], as strong guidance does, saturated pixels so keep their differences. Their p is not given; 0.995 is what is used.
+    """
+    s = jnp.quantile(jnp.abs(x0), DYNAMIC_QUANTILE, axis=tuple(range(batch_axes, x0.ndim)), keepdims=True)
+    s = jnp.maximum(s, 1.0)
+    return jnp.clip(x0, -s, s) / s
 
 
 def p_sample(
@@ -199,13 +222,24 @@ def p_mean_log_variance(
     Raises:
         ValueError: "learned_range" with a denoiser that tells no variance, or an unknown name.
     """
-    x0, _, log_variance = denoiser(xt, t)
-    mean, _, _ = q_posterior(schedule, x0, xt, t)
+    denoised = denoiser(xt, t)
+    mean, _, _ = q_posterior(schedule, denoised.x0, xt, t)
+    return mean, p_log_variance_of(schedule, denoised, t, variance)
+
+
+def p_log_variance_of(
+    schedule: Schedule, denoised: Denoised, t: Int[Array, "*batch"], variance: Variance
+) -> Float[Array, "..."]:
+    """Log variance of p(x_{t-1} | xt), to be multiplied with images: the fixed one of t, or what the denoiser tells.
+
+    Raises:
+        ValueError: "learned_range" with a denoiser that tells no variance, or an unknown name.
+    """
     if variance != "learned_range":
-        return mean, at(p_log_variance(schedule, variance), t, xt)
-    if log_variance is None:
+        return at(p_log_variance(schedule, variance), t, denoised.x0)
+    if denoised.log_variance is None:
         raise ValueError("variance learned_range needs a network that tells its variance: choose fixed_small or fixed_large")
-    return mean, log_variance
+    return denoised.log_variance
 
 
 def range_log_variance(schedule: Schedule, place: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Float[Array, "*shape"]:

@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
     """Coefficients of q and of its posterior, one float32 array of shape [T] each, indexed by t."""
 
     beta: Float[Array, " T"]
-    """Variance added by the step t-1 -> t, in (0, 1)."""
+    """Variance added by the step t-1 -> t, in (0, 1); 1 at the last one of a zero terminal SNR."""
     alpha_bar: Float[Array, " T"]
     """Share of x0's variance left in xt, Eq. 4 of Ho et al. (2020)."""
     alpha_bar_prev: Float[Array, " T"]
@@ -103,8 +103,25 @@ def schedule_from_betas(betas: Any) -> Schedule:
     if outside.any():
         t = int(np.argmax(outside))
         raise ValueError(f"beta[{t}] = {beta[t]:g} lies outside (0, 1): use more steps or smaller betas")
-    coefficients = _coefficients(np.cumsum(np.log1p(-beta)), np)
-    return Schedule(**{name: jnp.asarray(value, jnp.float32) for name, value in coefficients.items()})
+    return _cast(_coefficients(np.cumsum(np.log1p(-beta)), np))
+
+
+def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule with sqrt(alpha_bar) shifted and scaled to end at 0 and start as before: x_T is nothing but noise.
+
+    Algorithm 1 of Lin et al. (2023), arXiv:2305.08891; in float64, cast to float32 once, and so not within a jit. At the
+    last step alpha_bar = 0 and beta = 1 exactly, log_alpha_bar and log_snr are -inf and all else is finite. There a
+    network can't predict eps, which is xt itself and tells nothing of x0.
+
+    Raises:
+        ValueError: a schedule of one step, which has no other to keep.
+    """
+    if schedule.num_steps < 2:
+        raise ValueError("a zero terminal SNR needs a schedule of 2 steps or more")
+    # From beta: the differences of log_alpha_bar, which the new betas are made of, have lost digits in float32.
+    root = np.exp(np.cumsum(np.log1p(-np.asarray(schedule.beta, np.float64))) / 2)
+    rescaled = (root[:-1] - root[-1]) * root[0] / (root[0] - root[-1])
+    return _cast(_coefficients(np.append(2 * np.log(rescaled), -np.inf), np))
 
 
 def respace(schedule: Schedule, timesteps: Int[Array, " K"]) -> Schedule:
@@ -169,6 +186,10 @@ def _coefficients(log_alpha_bar: Any, xp: Any) -> dict[str, Any]:
         "posterior_variance": posterior_variance,
         "posterior_log_variance": log_variance,
     }
+
+
+def _cast(coefficients: dict[str, Float64[np.ndarray, " T"]]) -> Schedule:
+    return Schedule(**{name: jnp.asarray(value, jnp.float32) for name, value in coefficients.items()})
 
 
 def _linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Float64[np.ndarray, " T"]:

@@ -1,4 +1,4 @@
-"""The pieces of Ho et al.'s UNet: residual block, attention, down- and upsampling, space-to-depth.
+"""The pieces of the UNet: residual block, attention, down- and upsampling, space-to-depth.
 
 Images are [B, H, W, C] in the compute dtype; parameters are float32; the statistics of GroupNorm and of the softmax
 are float32 whatever the compute dtype.
@@ -16,16 +16,12 @@ from jaxtyping import Array, Float
 from ddpm_jax.models.attention import attention_cpu
 from ddpm_jax.models.convolution import Padding, conv_general_dilated_cpu
 from ddpm_jax.models.normalization import group_norm_cpu
-
-GROUP_NORM_EPS = 1e-6
+from ddpm_jax.models.styles import DDPM, Style
 
 
 def init_scale(scale: float = 1.0) -> Callable[..., Any]:
-    """Ho et al.'s initialiser: uniform variance scaling by fan_avg. Their "zero" layers have scale 1e-10."""
+    """Ho et al.'s initialiser: uniform variance scaling by fan_avg."""
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
-
-
-ZERO = 1e-10
 
 
 def on_cpu() -> bool:
@@ -72,6 +68,7 @@ class GroupNorm(nn.Module):
     num_groups: int
     dtype: Any
     silu: bool = True
+    eps: float = DDPM.norm_eps
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -81,59 +78,93 @@ class GroupNorm(nn.Module):
         if on_cpu() and x.dtype == jnp.float32:
             scale = jnp.asarray(self.param("scale", nn.initializers.ones, (channels,)))
             bias = jnp.asarray(self.param("bias", nn.initializers.zeros, (channels,)))
-            return group_norm_cpu(jnp.asarray(x), scale, bias, groups, GROUP_NORM_EPS, self.silu)
-        norm = nn.GroupNorm(groups, epsilon=GROUP_NORM_EPS, dtype=self.dtype)
+            return group_norm_cpu(jnp.asarray(x), scale, bias, groups, self.eps, self.silu)
+        norm = nn.GroupNorm(groups, epsilon=self.eps, dtype=self.dtype)
         nn.share_scope(self, norm)
         return nn.silu(norm(x)) if self.silu else norm(x)
 
 
 class ResBlock(nn.Module):
-    """norm - silu - conv (+ time) - norm - silu - dropout - conv, added to its input."""
+    """norm - silu - conv (+ time) - norm (* and + time) - silu - dropout - conv, added to its input.
+
+    Time comes in at one of the two places: added in front of the second norm, h + time, or as scale and shift behind it,
+    (1 + scale) norm(h) + shift, by the style.
+    """
 
     features: int
     dropout: float
     num_groups: int
     dtype: Any
+    style: Style = DDPM
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], deterministic: bool) -> Float[Array, "B H W F"]:
         """The block's output, for time embedding temb; dropout is off where deterministic."""
-        h = GroupNorm(self.num_groups, self.dtype, name="norm1")(x)
+        eps, modulated = self.style.norm_eps, self.style.scale_and_shift
+        h = GroupNorm(self.num_groups, self.dtype, eps=eps, name="norm1")(x)
         h = conv3x3(self.features, self.dtype, name="conv1")(h)
-        h = h + dense(self.features, self.dtype, name="time")(nn.silu(temb))[:, None, None, :]
-        h = GroupNorm(self.num_groups, self.dtype, name="norm2")(h)
+        time = dense(self.features * (2 if modulated else 1), self.dtype, name="time")(nn.silu(temb))[:, None, None, :]
+        norm2 = GroupNorm(self.num_groups, self.dtype, silu=not modulated, eps=eps, name="norm2")
+        if modulated:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = nn.silu((1 + scale) * norm2(h) + shift)
+        else:
+            h = norm2(h + time)
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-        h = conv3x3(self.features, self.dtype, scale=ZERO, name="conv2")(h)
+        h = conv3x3(self.features, self.dtype, scale=self.style.zero, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = dense(self.features, self.dtype, name="shortcut")(x)
         return x + h
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the H W positions: softmax(q k^T / sqrt(C)) v, added to its input."""
+    """Self-attention over the H W positions, added to its input.
+
+    Each head does softmax(q k^T / sqrt(D)) v with D = C / num_heads channels of its own: the first D of query, key and value
+    are the first head's, and so on.
+    """
 
     num_groups: int
     dtype: Any
+    num_heads: int = 1
+    style: Style = DDPM
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """The layer's output."""
+        """The layer's output. Raises ValueError where the channels don't split into the heads."""
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.num_groups, self.dtype, silu=False, name="norm")(x).reshape(batch, height * width, channels)
-        q, k, v = (dense(channels, self.dtype, name=name)(h) for name in ("query", "key", "value"))
+        if channels % self.num_heads:
+            raise ValueError(f"num_heads = {self.num_heads} doesn't divide the {channels} channels of an attention layer")
+        h = GroupNorm(self.num_groups, self.dtype, silu=False, eps=self.style.norm_eps, name="norm")(x)
+        h = h.reshape(batch, height * width, channels)
+        q, k, v = (split_heads(dense(channels, self.dtype, name=name)(h), self.num_heads) for name in ("query", "key", "value"))
         if on_cpu() and q.dtype == jnp.float32:
             h = attention_cpu(q, k, v)
         else:
-            logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
-            weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(v.dtype)
-            h = jnp.einsum("bqk,bkc->bqc", weights, v)
-        h = dense(channels, self.dtype, scale=ZERO, name="out")(h)
+            logits = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+            h = jnp.einsum("bqk,bkd->bqd", weights, v)
+        h = dense(channels, self.dtype, scale=self.style.zero, name="out")(merge_heads(h, self.num_heads))
         return x + h.reshape(x.shape)
 
 
-def downsample(x: Float[Array, "B H W C"], dtype: Any, name: str) -> Float[Array, "B H2 W2 C"]:
-    """A 3x3 convolution of stride 2, padded on the right and at the bottom only, as TensorFlow's SAME does."""
-    return conv3x3(x.shape[-1], dtype, stride=2, padding=((0, 1), (0, 1)), name=name)(x)
+def split_heads(h: Float[Array, "B N C"], num_heads: int) -> Float[Array, "B2 N D"]:
+    """Each head as an image of its own: B2 = B num_heads, D = C / num_heads."""
+    batch, length, channels = h.shape
+    h = h.reshape(batch, length, num_heads, channels // num_heads)
+    return h.swapaxes(1, 2).reshape(batch * num_heads, length, channels // num_heads)
+
+
+def merge_heads(h: Float[Array, "B2 N D"], num_heads: int) -> Float[Array, "B N C"]:
+    """The inverse of split_heads."""
+    images, length, channels = h.shape
+    h = h.reshape(images // num_heads, num_heads, length, channels)
+    return h.swapaxes(1, 2).reshape(images // num_heads, length, num_heads * channels)
+
+
+def downsample(x: Float[Array, "B H W C"], dtype: Any, name: str, style: Style = DDPM) -> Float[Array, "B H2 W2 C"]:
+    """A 3x3 convolution of stride 2."""
+    return conv3x3(x.shape[-1], dtype, stride=2, padding=style.downsample_padding, name=name)(x)
 
 
 def upsample(x: Float[Array, "B H W C"], dtype: Any, name: str) -> Float[Array, "B H2 W2 C"]:

@@ -1,4 +1,4 @@
-"""The UNet of Ho et al. (2020), appendix B, as their code builds it."""
+"""The UNet of Ho et al. (2020), appendix B, as their code builds it, and that of Nichol & Dhariwal (2021)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from ddpm_jax.config import ModelConfig
-from ddpm_jax.models.embedding import sinusoidal_embedding
+from ddpm_jax.config import ModelConfig, ModelStyle
 from ddpm_jax.models.layers import (
-    ZERO,
     Attention,
     GroupNorm,
     ResBlock,
@@ -24,6 +22,7 @@ from ddpm_jax.models.layers import (
     space_to_depth,
     upsample,
 )
+from ddpm_jax.models.styles import STYLES
 
 
 class UNet(nn.Module):
@@ -44,12 +43,18 @@ class UNet(nn.Module):
     """Residual blocks of each level on the way down."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Heights of feature maps, in pixels, at which every block is followed by attention; the middle always has it."""
+    num_heads: int = 1
+    """Heads of each attention layer; they share its channels."""
     dropout: float = 0.1
     """Dropout rate of the residual blocks, in training."""
     num_groups: int = 32
     """Groups of GroupNorm; their greatest common divisor with the channels where those are no multiple of it."""
     num_classes: int | None = None
     """Number of class labels; None for an unconditional network."""
+    style: ModelStyle = "ddpm"
+    """Whose network it is in its details, see `ddpm_jax.models.styles`."""
+    time_scale: float = 1.0
+    """Factor on t in front of its embedding."""
     space_to_depth: int = 1
     """Edge of the patches that become single pixels in front of the network, and patches again behind it."""
     remat: bool = False
@@ -74,19 +79,25 @@ class UNet(nn.Module):
             train: whether dropout is on; it needs rngs={"dropout": key}.
 
         Raises:
-            ValueError: a resolution that the levels can't divide, or labels for a network without classes.
+            ValueError: a resolution that the levels can't divide, channels that the heads can't divide, or labels for a
+                network without classes.
         """
         self.check_resolution(xt.shape[1], xt.shape[2])
+        style = STYLES[self.style]
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention = nn.remat(Attention) if self.remat else Attention
         temb = self.embed(t, labels)
 
-        def block(h: Array, level: int, name: str) -> Array:
+        def res(h: Array, level: int, name: str) -> Array:
             features = self.channels * self.multipliers[level]
-            h = res_block(features, self.dropout, self.num_groups, self.dtype, name=name)(h, temb, not train)
-            if h.shape[1] in self.attention_resolutions:
-                h = attention(self.num_groups, self.dtype, name=f"{name}_attention")(h)
-            return h
+            return res_block(features, self.dropout, self.num_groups, self.dtype, style, name=name)(h, temb, not train)
+
+        def attend(h: Array, name: str) -> Array:
+            return attention(self.num_groups, self.dtype, self.num_heads, style, name=name)(h)
+
+        def block(h: Array, level: int, name: str) -> Array:
+            h = res(h, level, name)
+            return attend(h, f"{name}_attention") if h.shape[1] in self.attention_resolutions else h
 
         x = space_to_depth(xt.astype(self.dtype), self.space_to_depth)
         h = conv3x3(self.channels, self.dtype, name="conv_in")(x)
@@ -97,13 +108,12 @@ class UNet(nn.Module):
                 h = block(h, level, f"down{level}_block{index}")
                 skips.append(h)
             if level < last:
-                h = downsample(h, self.dtype, f"down{level}_downsample")
+                h = downsample(h, self.dtype, f"down{level}_downsample", style)
                 skips.append(h)
 
-        features = self.channels * self.multipliers[-1]
-        h = res_block(features, self.dropout, self.num_groups, self.dtype, name="middle_block0")(h, temb, not train)
-        h = attention(self.num_groups, self.dtype, name="middle_attention")(h)
-        h = res_block(features, self.dropout, self.num_groups, self.dtype, name="middle_block1")(h, temb, not train)
+        h = res(h, last, "middle_block0")
+        h = attend(h, "middle_attention")
+        h = res(h, last, "middle_block1")
 
         for level in reversed(range(last + 1)):
             for index in range(self.num_res_blocks + 1):
@@ -111,14 +121,14 @@ class UNet(nn.Module):
             if level > 0:
                 h = upsample(h, self.dtype, f"up{level}_upsample")
 
-        h = GroupNorm(self.num_groups, self.dtype, name="norm_out")(h)
-        h = conv3x3(self.out_channels * self.space_to_depth**2, self.dtype, scale=ZERO, name="conv_out")(h)
+        h = GroupNorm(self.num_groups, self.dtype, eps=style.norm_eps, name="norm_out")(h)
+        h = conv3x3(self.out_channels * self.space_to_depth**2, self.dtype, scale=style.zero, name="conv_out")(h)
         return depth_to_space(h, self.space_to_depth).astype(jnp.float32)
 
     def embed(self, t: Int[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B E"]:
         """The embedding of timestep and class, E = 4 channels: dense - silu - dense, plus one row for each class."""
         width = 4 * self.channels
-        h = sinusoidal_embedding(t, self.channels).astype(self.dtype)
+        h = STYLES[self.style].embed_time(self.time_scale * t.astype(jnp.float32), self.channels).astype(self.dtype)
         h = nn.silu(dense(width, self.dtype, name="time1")(h))
         h = dense(width, self.dtype, name="time2")(h)
         if self.num_classes is None:
@@ -141,10 +151,19 @@ class UNet(nn.Module):
             )
 
 
-def make_unet(config: ModelConfig, image_channels: int, learn_variance: bool = False) -> UNet:
-    """The network that a config describes, for images with so many channels; twice as many come out with learn_variance."""
+def make_unet(config: ModelConfig, image_channels: int, learn_variance: bool = False, num_steps: int = 1000) -> UNet:
+    """The network that a config describes.
+
+    Args:
+        config: its model section.
+        image_channels: channels of the images; twice as many come out with learn_variance.
+        learn_variance: whether the network tells its variance too.
+        num_steps: T, for styles whose networks see t as a part of 1000 steps.
+    """
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return UNet(out_channels=image_channels * (2 if learn_variance else 1), **fields | {"dtype": jnp.dtype(config.dtype)})
+    fields["dtype"] = jnp.dtype(config.dtype)
+    time_scale = 1000 / num_steps if STYLES[config.style].thousand_steps else 1.0
+    return UNet(out_channels=image_channels * (2 if learn_variance else 1), time_scale=time_scale, **fields)
 
 
 def init_params(unet: UNet, seed: int, image_shape: tuple[int, int, int]) -> PyTree:

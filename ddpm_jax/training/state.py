@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ddpm_jax.config import Config
+from ddpm_jax.diffusion.timesteps import LossHistory, empty_history
 from ddpm_jax.models import UNet, init_params
 
 
@@ -22,17 +23,21 @@ class TrainState(NamedTuple):
     """Moving average of the weights, float32."""
     opt_state: PyTree
     """State of the optimiser."""
+    loss_history: LossHistory | None = None
+    """The last losses of each timestep, for diffusion.timesteps = "importance"."""
 
 
 def init_state(config: Config, unet: UNet, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the moving average starts as a copy of the weights."""
     assert config.data.image_shape is not None
     params = init_params(unet, config.seed, config.data.image_shape)
+    by_loss = config.diffusion.timesteps == "importance"
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        loss_history=empty_history(config.diffusion.num_steps) if by_loss else None,
     )
 
 

@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import Batch
-from ddpm_jax.diffusion.losses import draw_timesteps, simple_loss
+from ddpm_jax.diffusion.losses import hybrid_loss, loss_weight, simple_loss, vlb_loss
+from ddpm_jax.diffusion.process import NetworkFn
 from ddpm_jax.diffusion.schedule import Schedule
+from ddpm_jax.diffusion.timesteps import LossHistory, draw_by_loss, draw_timesteps, record_losses
 from ddpm_jax.models import UNet, bind
 from ddpm_jax.training.optimizer import make_learning_rate
 from ddpm_jax.training.state import TrainState, ema_decay, ema_update
@@ -25,6 +27,8 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, "*K"]
 
 
+LossFn = Callable[[NetworkFn, Float[Array, "B H W C"], Int[Array, " B"], Float[Array, "B H W C"]], Float[Array, " B"]]
+LossAndGrad = Callable[..., tuple[Float[Array, ""], PyTree, LossHistory | None]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 TrainSteps = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics]]
 
@@ -36,13 +40,13 @@ def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: o
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, grads = loss_and_grad(key, state.params, batch)
+        loss, grads, history = loss_and_grad(key, state.params, batch, state.loss_history)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step, config.optim.ema_decay, config.optim.ema_warmup)
         ema = ema_update(state.ema, params, decay)
         metrics = Metrics(loss, optax.tree.norm(grads), jnp.asarray(learning_rate(state.step), jnp.float32))
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return TrainState(state.step + 1, params, ema, opt_state, history), metrics
 
     return train_step
 
@@ -64,38 +68,61 @@ def make_train_steps(train_step: TrainStep, max_count: int) -> TrainSteps:
     return train_steps
 
 
-def make_loss_and_grad(
-    config: Config, schedule: Schedule, unet: UNet
-) -> Callable[[Key[Array, ""], PyTree, Batch], tuple[Float[Array, ""], PyTree]]:
-    """The function (key, params, batch) -> (loss, gradient): means over the batch, in optim.accumulate_steps parts."""
+def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet) -> LossAndGrad:
+    """The function (key, params, batch, loss history = None) -> (loss, gradient, loss history after the batch).
+
+    Loss and gradient are means over the batch, in optim.accumulate_steps parts. Where there is a history, t is drawn by it.
+    """
     parts = config.optim.accumulate_steps
+    losses_of = make_loss(config, schedule)
 
-    def loss_fn(params: PyTree, key: Key[Array, ""], images: Array, labels: Array | None, t: Array, eps: Array) -> Array:
-        network_fn = bind(unet, params, labels, dropout_key=key)
-        return jnp.mean(simple_loss(schedule, network_fn, images, t, eps, config.diffusion.prediction))
+    def loss_fn(
+        params: PyTree, key: Key[Array, ""], images: Array, labels: Array | None, t: Array, eps: Array, share: Array | None
+    ) -> tuple[Array, Array]:
+        losses = losses_of(bind(unet, params, labels, dropout_key=key), images, t, eps)
+        return jnp.mean(losses if share is None else share * losses), losses
 
-    def loss_and_grad(key: Key[Array, ""], params: PyTree, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
+    def loss_and_grad(
+        key: Key[Array, ""], params: PyTree, batch: Batch, history: LossHistory | None = None
+    ) -> tuple[Float[Array, ""], PyTree, LossHistory | None]:
         flip_key, t_key, eps_key, dropout_key = jax.random.split(key, 4)
         x0 = to_float(jnp.asarray(batch.images))
         if config.data.flip:
             x0 = random_flip(flip_key, x0)
-        t = draw_timesteps(t_key, x0.shape[0], schedule.num_steps, config.diffusion.timesteps)
+        if config.diffusion.timesteps == "importance":
+            assert history is not None
+            t, share = draw_by_loss(t_key, history, x0.shape[0])
+        else:
+            t, share = draw_timesteps(t_key, x0.shape[0], schedule.num_steps, config.diffusion.timesteps), None
         eps = jax.random.normal(eps_key, x0.shape)
-        grad_fn = jax.value_and_grad(loss_fn)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if parts == 1:
-            return grad_fn(params, dropout_key, x0, batch.labels, t, eps)
-        pieces = jax.tree.map(lambda x: _split(x, parts), (x0, batch.labels, t, eps))
+            (loss, losses), grads = grad_fn(params, dropout_key, x0, batch.labels, t, eps, share)
+            return loss, grads, None if history is None else record_losses(history, t, losses)
+        pieces = jax.tree.map(lambda x: _split(x, parts), (x0, batch.labels, t, eps, share))
         keys = jax.random.split(dropout_key, parts)
 
-        def add(total: PyTree, piece: PyTree) -> tuple[PyTree, None]:
+        def add(total: PyTree, piece: PyTree) -> tuple[PyTree, Array]:
             part_key, arrays = piece
-            return jax.tree.map(jnp.add, total, grad_fn(params, part_key, *arrays)), None
+            (loss, losses), grads = grad_fn(params, part_key, *arrays)
+            return jax.tree.map(jnp.add, total, (loss, grads)), losses
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, (keys, pieces))
-        return jax.tree.map(lambda x: x / parts, total)
+        total, losses = jax.lax.scan(add, zero, (keys, pieces))
+        loss, grads = jax.tree.map(lambda x: x / parts, total)
+        return loss, grads, None if history is None else record_losses(history, t, _join(losses))
 
     return loss_and_grad
+
+
+def make_loss(config: Config, schedule: Schedule) -> LossFn:
+    """The function (network function, x0, t, eps) -> loss of each image, as config.diffusion says."""
+    d = config.diffusion
+    if d.loss == "vlb":
+        return lambda network_fn, x0, t, eps: vlb_loss(schedule, network_fn, x0, t, eps, d.prediction, d.variance)
+    weight = None if d.loss_weight == "constant" else loss_weight(schedule, d.loss_weight, d.prediction, d.min_snr_gamma)
+    loss = hybrid_loss if d.loss == "hybrid" else simple_loss
+    return lambda network_fn, x0, t, eps: loss(schedule, network_fn, x0, t, eps, d.prediction, weight)
 
 
 def to_float(images: Shaped[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -112,3 +139,8 @@ def random_flip(key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Float[A
 def _split(x: Shaped[Array, "B *rest"], parts: int) -> Shaped[Array, "P N *rest"]:
     """[B] -> [parts, B / parts], every part with its share of each device's images."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(pieces: Shaped[Array, "P N *rest"]) -> Shaped[Array, "B *rest"]:
+    """The inverse of _split."""
+    return pieces.swapaxes(0, 1).reshape(-1, *pieces.shape[2:])

@@ -13,8 +13,20 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import ATOL, P_VALUE, assert_close
 
-from ddpm_jax import Denoised, make_denoiser, make_schedule, p_sample, predict_eps, predict_v, predict_x0, q_posterior, q_sample
-from ddpm_jax.diffusion.process import p_log_variance
+from ddpm_jax import (
+    Denoised,
+    make_denoiser,
+    make_schedule,
+    p_sample,
+    predict_eps,
+    predict_v,
+    predict_x0,
+    q_posterior,
+    q_sample,
+    rescale_zero_terminal_snr,
+    sample,
+)
+from ddpm_jax.diffusion.process import dynamic_threshold, p_log_variance
 
 BETAS = reference.linear_betas(1000)
 T = np.array([0, 1, 2, 500, 998, 999], np.int32)
@@ -248,6 +260,106 @@ def test_unknown_names(schedule):
             inspect.unwrap(predict)(schedule, xt, t, x0, "score")
     with pytest.raises(ValueError, match=r"unknown prediction 'score': choose eps, x0 or v"):
         inspect.unwrap(make_denoiser)(schedule, lambda xt, t: xt, "score")
+    with pytest.raises(ValueError, match=r"unknown way to clip 'hard': choose True, False or 'dynamic'"):
+        inspect.unwrap(make_denoiser)(schedule, lambda xt, t: xt, "v", "hard")
+
+
+# Dynamic thresholding
+
+
+def plain_threshold(image, quantile=0.995):
+    """Section 2.3 of Saharia et al. (2022) for one image, the quantile interpolated between the sorted values around it."""
+    values = np.sort(np.abs(image).ravel())
+    place = quantile * (len(values) - 1)
+    below = int(place)
+    s = values[below] + (place - below) * (values[min(below + 1, len(values) - 1)] - values[below])
+    return np.clip(image, -s, s) / s if s > 1 else image
+
+
+@pytest.mark.parametrize("shape", [(6, 16, 16, 3), (6, 7), (6, 2, 2, 1)])
+def test_dynamic_threshold_equals_the_reference(shape):
+    x0 = (np.random.default_rng(20).standard_normal(shape) * np.linspace(0.1, 3, 6).reshape(6, *[1] * (len(shape) - 1))).astype(
+        "f4"
+    )
+    got = dynamic_threshold(jnp.asarray(x0), 1)
+    assert_close(got, np.stack([plain_threshold(image.astype(np.float64)) for image in x0]))
+    for i in range(6):
+        assert_close(dynamic_threshold(jnp.asarray(x0[i]), 0), got[i])
+
+
+def test_dynamic_threshold_leaves_images_within_the_range_alone():
+    x0 = np.random.default_rng(21).uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
+    np.testing.assert_array_equal(dynamic_threshold(jnp.asarray(x0), 1), x0)
+
+
+def test_denoiser_with_a_dynamic_threshold(schedule):
+    t = np.array([10, 100, 300, 500, 700, 900], np.int32)
+    xt, views, _ = exact_views(22, t)
+    denoiser = make_denoiser(schedule, lambda xt, t: jnp.asarray(3 * views["x0"], jnp.float32), "x0", "dynamic")
+    x0, eps, _ = denoiser(jnp.asarray(xt, jnp.float32), jnp.asarray(t))
+    expected = np.stack([plain_threshold(3 * image) for image in views["x0"]])
+    a, v = (coefficient[t].reshape(-1, 1, 1, 1) for coefficient in reference.forward_kernels(BETAS))
+    assert np.abs(expected).max() == 1
+    assert_close(x0, expected)
+    assert_close(eps, (xt - a * expected) / np.sqrt(v), rtol=1e-4, atol=1e-5)  # see test_denoiser
+
+
+# Zero terminal SNR
+
+
+def test_zero_terminal_snr_refuses_eps(schedule):
+    rescaled = rescale_zero_terminal_snr(schedule)
+    with pytest.raises(ValueError, match=r"prediction eps tells nothing of x0 where alpha_bar = 0 .*: choose x0 or v"):
+        make_denoiser(rescaled, lambda xt, t: xt)
+    with pytest.raises(ValueError, match="prediction eps"):
+        jax.jit(lambda xt: make_denoiser(rescaled, lambda xt, t: xt)(xt, jnp.zeros(2, jnp.int32)))(jnp.zeros((2, 3)))
+    make_denoiser(schedule, lambda xt, t: xt)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_pure_noise_tells_x0_by_the_network_alone(schedule, prediction):
+    """At the last step xt = eps, v = -x0, and x_{t-1} is drawn around what the network says: N(sqrt(ab) x0, 1 - ab)."""
+    rescaled = rescale_zero_terminal_snr(schedule)
+    x0, eps = random_images(23, "x0", "eps")
+    t, x0, eps = jnp.full(6, 999, jnp.int32), jnp.asarray(x0), jnp.asarray(eps)
+    xt = q_sample(rescaled, x0, t, eps)
+    np.testing.assert_array_equal(xt, eps)
+    output = predict_v(rescaled, xt, t, x0, "x0") if prediction == "v" else x0
+    np.testing.assert_array_equal(output, -x0 if prediction == "v" else x0)
+    denoised = make_denoiser(rescaled, lambda xt, t: output, prediction, clip=False)(xt, t)
+    np.testing.assert_array_equal(denoised.x0, x0)
+    np.testing.assert_array_equal(denoised.eps, eps)
+    mean, variance, _ = q_posterior(rescaled, x0, xt, t)
+    alpha_bar = float(rescaled.alpha_bar[998])
+    assert_close(mean, np.sqrt(alpha_bar) * np.asarray(x0))
+    assert_close(variance, np.full((6, 1, 1, 1), 1 - alpha_bar))
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_zero_terminal_snr_samples_gaussian_data(prediction, sampler):
+    """Data N(0.3, 0.2^2) and their exact denoiser: the first step starts from x0 = 0.3, and 4000 images have its law."""
+    schedule = rescale_zero_terminal_snr(make_schedule("linear", 50))
+    a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+
+    def network(xt, t):
+        a_t, s_t = a[t][:, None], s[t][:, None]
+        x0 = (0.3 * s_t**2 + 0.04 * a_t * xt) / (s_t**2 + 0.04 * a_t**2)
+        return x0 if prediction == "x0" else (a_t * xt - x0) / s_t
+
+    for num_steps in (1, 2, 10, 50):
+        denoiser = make_denoiser(schedule, network, prediction)
+        images = sample(jax.random.key(24), schedule, denoiser, (4000, 1), sampler, num_steps, variance="fixed_small")
+        assert np.isfinite(images).all()
+        if num_steps == 1:
+            assert_close(images, np.full((4000, 1), 0.3))
+    mean, variance = reference.gaussian_chain(
+        reference.zero_terminal_betas(reference.linear_betas(50)), np.array(0.3), 0.2, range(50), sampler, "fixed_small"
+    )
+    images = np.asarray(images, np.float64)
+    assert 2 * scipy.stats.norm.sf(abs(images.mean() - mean) / np.sqrt(variance / 4000)) > P_VALUE
+    upper = scipy.stats.chi2.sf(np.sum((images - mean) ** 2) / variance, 4000)
+    assert 2 * min(upper, 1 - upper) > P_VALUE
 
 
 # Under JAX's transformations

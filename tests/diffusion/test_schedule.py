@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import RTOL, assert_close
 
-from ddpm_jax import make_schedule, schedule_from_betas
+from ddpm_jax import make_schedule, rescale_zero_terminal_snr, schedule_from_betas
 from ddpm_jax.diffusion.schedule import Schedule, respace, spaced_timesteps
 
 SMALLEST_T = {"linear": 21, "scaled_linear": 21, "cosine": 1, "sigmoid": 1}
@@ -189,6 +190,50 @@ def test_scaled_linear_needs_positive_betas(options):
 def test_too_few_steps_for_the_linear_betas(num_steps):
     with pytest.raises(ValueError, match=r"lies outside \(0, 1\): use more steps"):
         make_schedule("linear", num_steps)
+
+
+@pytest.mark.parametrize("kind", sorted(reference.BETAS))
+@pytest.mark.parametrize("num_steps", [21, 300, 1000])
+def test_zero_terminal_snr_equals_the_reference(kind, num_steps):
+    schedule = rescale_zero_terminal_snr(make_schedule(kind, num_steps))
+    betas = reference.zero_terminal_betas(reference.BETAS[kind](num_steps))
+    with np.errstate(divide="ignore"):  # log 0 at the end
+        check_fields(schedule, betas)
+
+
+def test_the_end_of_a_zero_terminal_snr():
+    before = make_schedule("linear", 1000)
+    schedule = rescale_zero_terminal_snr(before)
+    assert schedule.alpha_bar[-1] == schedule.sqrt_alpha_bar[-1] == 0
+    assert schedule.beta[-1] == schedule.sqrt_one_minus_alpha_bar[-1] == 1
+    assert schedule.log_snr[-1] == schedule.log_alpha_bar[-1] == -math.inf
+    assert schedule.alpha_bar[0] == before.alpha_bar[0]
+    for name, value in schedule._asdict().items():
+        assert value.dtype == jnp.float32
+        assert np.isfinite(value[:-1]).all() and (name.startswith("log") or np.isfinite(value[-1]))
+    assert (np.diff(schedule.log_snr) < 0).all()
+
+
+@pytest.mark.parametrize("timesteps", [[9], [3, 9], [0, 1, 9], list(range(10))])
+def test_sub_sequences_keep_a_zero_terminal_snr(timesteps):
+    schedule = rescale_zero_terminal_snr(make_schedule("cosine", 10))
+    short = jax.jit(respace)(schedule, jnp.asarray(timesteps))
+    betas = reference.visited_betas(reference.zero_terminal_betas(reference.cosine_betas(10)), timesteps)
+    c0, ct, variance = reference.posterior_coefficients(betas)
+    for name, expected in {
+        "beta": betas,
+        "posterior_mean_x0": c0,
+        "posterior_mean_xt": ct,
+        "posterior_variance": variance,
+    }.items():
+        assert_close(getattr(short, name), expected, rtol=1e-5)
+    assert np.isfinite(short.posterior_log_variance).all()
+    assert short.alpha_bar[-1] == 0
+
+
+def test_a_single_step_has_no_zero_terminal_snr():
+    with pytest.raises(ValueError, match="needs a schedule of 2 steps or more"):
+        rescale_zero_terminal_snr(make_schedule("cosine", 1))
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,11 @@ from jax.extend.core import jaxprs_in_params
 from reference import P_VALUE, assert_close
 
 from ddpm_jax import ModelConfig, UNet
-from ddpm_jax.models import bind, init_params, make_unet, num_params
-from ddpm_jax.models.embedding import sinusoidal_embedding
+from ddpm_jax.config import ModelStyle
+from ddpm_jax.models import bind, init_params, layers, make_unet, num_params
+from ddpm_jax.models.embedding import cosine_embedding, sinusoidal_embedding
 from ddpm_jax.models.layers import Attention, GroupNorm, ResBlock, depth_to_space, downsample, space_to_depth, upsample
+from ddpm_jax.models.styles import DDPM, IMPROVED, STYLES
 
 FAST = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time of compilation, which is most of what these tests take."""
@@ -28,6 +31,8 @@ SMALL = {"channels": 8, "num_res_blocks": 1, "attention_resolutions": (4,), "num
 UNET = UNet(out_channels=2, multipliers=(1, 2), dropout=0.5, num_classes=3, **SMALL)
 """Two channels in each group at least: with one, GroupNorm would undo the biases in front of it."""
 SHAPE = (2, 8, 12, 2)
+IMPROVED_UNET = UNET.clone(out_channels=4, num_heads=2, style="improved", time_scale=0.25)
+"""As for T = 4000 with learned variances."""
 
 
 def jit(function, **options):
@@ -104,19 +109,27 @@ def train():
 # Sizes
 
 
+IMPROVED_CIFAR10 = ModelConfig(num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4, dropout=0.3, style="improved")
+
+
 @pytest.mark.parametrize(
     ("unet", "size", "total"),
     [
         (UNet(), 32, 35_746_307),
         (UNet(multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0), 256, 113_673_219),
+        (make_unet(IMPROVED_CIFAR10, 3, learn_variance=True, num_steps=4000), 32, 52_546_438),
     ],
-    ids=["cifar10", "256"],
+    ids=["cifar10", "256", "improved"],
 )
 def test_published_networks_have_their_size_block_by_block(unet, size, total):
     shapes = shapes_of(unet, (size, size, 3))
     assert num_params(shapes) == total
     sizes = sorted(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    assert sizes == sorted(unet_reference.parameter_sizes(128, unet.multipliers, 2, (16,), size, 3))
+    expected = unet_reference.parameter_sizes(
+        128, unet.multipliers, unet.num_res_blocks, unet.attention_resolutions, size, 3, unet.out_channels,
+        scale_and_shift=unet.style == "improved",
+    )  # fmt: skip
+    assert sizes == sorted(expected)
 
 
 @st.composite
@@ -172,10 +185,23 @@ def test_the_network_checks_its_image():
 
 
 def test_a_config_gives_its_network():
-    config = ModelConfig(channels=16, multipliers=(1, 3), num_classes=5, space_to_depth=2, dtype="bfloat16", remat=True)
-    unet = make_unet(config, 4)
+    config = ModelConfig(
+        channels=16, multipliers=(1, 3), num_classes=5, num_heads=4, space_to_depth=2, dtype="bfloat16", remat=True
+    )
+    unet = make_unet(config, 4, num_steps=4000)
     assert (unet.out_channels, unet.channels, unet.multipliers, unet.num_classes) == (4, 16, (1, 3), 5)
     assert (unet.space_to_depth, unet.dtype, unet.remat, unet.dropout) == (2, jnp.bfloat16, True, config.dropout)
+    assert (unet.num_heads, unet.style, unet.time_scale) == (4, "ddpm", 1.0)
+
+
+def test_every_style_of_a_config_is_there():
+    assert set(STYLES) == set(get_args(ModelStyle))
+
+
+@pytest.mark.parametrize("num_steps", [300, 1000, 4000])
+def test_an_improved_network_sees_a_thousand_steps(num_steps):
+    unet = make_unet(IMPROVED_CIFAR10, 3, num_steps=num_steps)
+    assert (unet.style, unet.num_heads, unet.time_scale * num_steps) == ("improved", 4, 1000)
 
 
 # The time embedding
@@ -190,9 +216,19 @@ def test_sinusoidal_embedding_equals_the_reference(dim, t):
     assert_close(embedding, reference.sinusoidal_embedding(t, dim), atol=1e-4)
 
 
-def test_a_time_embedding_is_not_too_narrow():
+@settings(max_examples=15)
+@given(st.integers(4, 70), st.lists(st.integers(0, 3999), min_size=3, max_size=3))
+def test_cosine_embedding_equals_the_reference(dim, steps):
+    t = np.array(steps) / 4  # as with T = 4000; exact in float32
+    embedding = cosine_embedding(jnp.asarray(t, jnp.float32), dim)
+    assert embedding.dtype == jnp.float32
+    assert_close(embedding, unet_reference.cosine_embedding(t, dim), atol=1e-4)  # as above
+
+
+@pytest.mark.parametrize("embed", [sinusoidal_embedding, cosine_embedding])
+def test_a_time_embedding_is_not_too_narrow(embed):
     with pytest.raises(ValueError, match="needs 4 channels or more, not 3"):
-        sinusoidal_embedding(jnp.zeros(1, jnp.int32), 3)
+        embed(jnp.zeros(1, jnp.int32), 3)
 
 
 # The pieces
@@ -214,12 +250,13 @@ def random_layer(module, *arguments):
     return module.apply({"params": params}, *arguments), float64(params)
 
 
+@pytest.mark.parametrize(("style", "first"), [(DDPM, 0), (IMPROVED, 1)], ids=["ddpm", "improved"])
 @pytest.mark.parametrize("size", [(6, 4), (2, 2), (8, 2)])
-def test_downsample_pads_on_the_right_and_at_the_bottom(size):
+def test_downsample_pads_on_the_right_and_at_the_bottom_or_all_around(size, style, first):
     x = images(1, (2, *size, 3))
-    actual, params = random_layer(Layer(downsample), jnp.asarray(x))
+    actual, params = random_layer(Layer(functools.partial(downsample, style=style)), jnp.asarray(x))
     assert actual.shape == (2, size[0] // 2, size[1] // 2, 3)
-    expected = unet_reference.convolution(params["layer"], x.astype(np.float64), stride=2, pad=((0, 1), (0, 1)))
+    expected = unet_reference.convolution(params["layer"], x.astype(np.float64), stride=2, pad=((first, 1), (first, 1)))
     assert_close(actual, expected)
 
 
@@ -230,20 +267,48 @@ def test_upsample_repeats_pixels_and_convolves():
     assert_close(actual, unet_reference.convolution(params["layer"], twice))
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize(("options", "eps"), [({}, 1e-6), ({"eps": 1e-5}, 1e-5)], ids=["default", "improved"])
 @pytest.mark.parametrize(("channels", "num_groups", "groups"), [(64, 32, 32), (48, 32, 16), (7, 32, 1), (6, 4, 2)])
-def test_group_norm_has_eps_1e_6_and_groups_that_fit(channels, num_groups, groups):
+def test_group_norm_has_its_eps_and_groups_that_fit(channels, num_groups, groups, options, eps, on_cpu, monkeypatch):
+    monkeypatch.setattr(layers, "on_cpu", lambda: on_cpu)
     x = 1e-3 * images(3, (2, 4, 3, channels))  # with a variance of 1e-6, eps matters
-    actual, params = random_layer(GroupNorm(num_groups, jnp.float32, silu=False), jnp.asarray(x))
-    expected = unet_reference.group_norm(params, x.astype(np.float64), groups, eps=1e-6)
+    actual, params = random_layer(GroupNorm(num_groups, jnp.float32, silu=False, **options), jnp.asarray(x))
+    expected = unet_reference.group_norm(params, x.astype(np.float64), groups, eps)
     assert_close(actual, expected)
-    assert np.abs(expected - unet_reference.group_norm(params, x.astype(np.float64), groups, eps=1e-5)).max() > 0.1
+    assert np.abs(expected - unet_reference.group_norm(params, x.astype(np.float64), groups, 1.1e-5 - eps)).max() > 0.1
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("num_heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(4, 3), (1, 1)])
-def test_attention_equals_the_reference(size):
+def test_attention_equals_the_reference(size, num_heads, on_cpu, monkeypatch):
+    monkeypatch.setattr(layers, "on_cpu", lambda: on_cpu)
     x = images(4, (2, *size, 8))
-    actual, params = random_layer(Attention(4, jnp.float32), jnp.asarray(x))
-    assert_close(actual, unet_reference.attention(params, x.astype(np.float64), 4))
+    actual, params = random_layer(Attention(4, jnp.float32, num_heads), jnp.asarray(x))
+    assert_close(actual, unet_reference.attention(params, x.astype(np.float64), 4, num_heads))
+
+
+def test_heads_attend_by_themselves():
+    """With `out` an identity, each half of the channels of two heads is attention with that half of query, key and value."""
+    x = images(4, (2, 4, 3, 8))
+    _, params = random_layer(Attention(4, jnp.float32, num_heads=2), jnp.asarray(x))
+    params["out"] = {"kernel": np.eye(8), "bias": np.zeros(8)}
+    both = Attention(4, jnp.float32, num_heads=2).apply({"params": params}, jnp.asarray(x)) - x
+    for half in (slice(0, 4), slice(4, 8)):
+        one = params | {
+            name: {"kernel": params[name]["kernel"][:, half], "bias": params[name]["bias"][half]}
+            for name in ("query", "key", "value")
+        }
+        h = unet_reference.group_norm(one["norm"], x.astype(np.float64), 4).reshape(2, 12, 8)
+        q, k, v = (unet_reference.linear(one[name], h) for name in ("query", "key", "value"))
+        weights = scipy.special.softmax(q @ k.swapaxes(1, 2) / 2, axis=-1)  # 2 = sqrt(D)
+        assert_close(both[..., half], (weights @ v).reshape(2, 4, 3, 4), atol=2e-6)  # x was added and taken away
+
+
+def test_heads_that_the_channels_cannot_hold():
+    with pytest.raises(ValueError, match="num_heads = 3 doesn't divide the 8 channels"):
+        jax.eval_shape(Attention(4, jnp.float32, num_heads=3).init, jax.random.key(0), jnp.zeros((1, 2, 2, 8)))
 
 
 def test_attention_of_large_numbers_is_finite():
@@ -253,16 +318,19 @@ def test_attention_of_large_numbers_is_finite():
     assert np.isfinite(attention.apply({"params": params}, x)).all()
 
 
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 @pytest.mark.parametrize(("features", "shortcut"), [(8, False), (12, True)])
-def test_res_block_has_a_shortcut_only_where_channels_change(features, shortcut):
+def test_res_block_has_a_shortcut_only_where_channels_change(features, shortcut, style):
     x, temb = images(6, (2, 4, 3, 8)), images(7, (2, 16))
-    block = ResBlock(features, dropout=0.0, num_groups=4, dtype=jnp.float32)
+    block = ResBlock(features, dropout=0.0, num_groups=4, dtype=jnp.float32, style=style)
     call = functools.partial(block.apply, mutable=False)
     shapes = jax.eval_shape(functools.partial(block.init, deterministic=True), jax.random.key(0), x, temb)["params"]
     assert ("shortcut" in shapes) == shortcut
     params = random_params(shapes, seed=2)
     actual = call({"params": params}, jnp.asarray(x), jnp.asarray(temb), True)
-    expected = unet_reference.res_block(float64(params), x.astype(np.float64), temb.astype(np.float64), 4)
+    expected = unet_reference.res_block(
+        float64(params), x.astype(np.float64), temb.astype(np.float64), 4, improved=style is IMPROVED
+    )
     # A sum of up to 108 products in each of two convolutions, in an order of the compiler's choice.
     assert_close(actual, expected, atol=1e-5)
 
@@ -291,6 +359,17 @@ def test_fresh_blocks_pass_their_input_on(fresh_params):
     attention, block = Attention(4, jnp.float32), ResBlock(16, 0.0, 4, jnp.float32)
     assert_close(attention.apply({"params": fresh_params["middle_attention"]}, x), x, atol=1e-3)
     assert_close(block.apply({"params": fresh_params["middle_block0"]}, x, temb, True), x, atol=1e-3)
+
+
+def test_a_fresh_improved_network_gives_zero_and_its_blocks_do_nothing():
+    """Nichol & Dhariwal's zero layers are zero to the bit."""
+    fresh = jit(lambda: init_params(IMPROVED_UNET, 0, SHAPE[1:]))()
+    zeros = {name for name, leaf in leaves(fresh).items() if name.endswith("/kernel") and not np.any(leaf)}
+    assert zeros == {name for name in leaves(fresh) if name.endswith(("conv2/kernel", "out/kernel"))}  # conv_out as well
+    x, temb = jnp.asarray(images(9, (2, 4, 4, 16))), jnp.asarray(images(10, (2, 32)))
+    attention, block = Attention(4, jnp.float32, 2, IMPROVED), ResBlock(16, 0.0, 4, jnp.float32, IMPROVED)
+    np.testing.assert_array_equal(attention.apply({"params": fresh["middle_attention"]}, x), x)
+    np.testing.assert_array_equal(block.apply({"params": fresh["middle_block0"]}, x, temb, True), x)
 
 
 def test_initial_weights_have_the_published_scale(fresh_params):
@@ -346,6 +425,44 @@ def test_another_network_equals_the_reference():
         num_groups=32, block=2,
     )  # fmt: skip
     assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def improved():
+    """(params, (xt, t, labels), output, gradient of a weighted sum of its squares) of an improved network."""
+    params = random_params(shapes_of(IMPROVED_UNET, SHAPE[1:]), seed=5)
+    arguments = images(16), np.array([3, 3777], np.int32), np.array([2, 0], np.int32)
+    weights = jnp.asarray(images(51, (*SHAPE[:3], 4)))
+
+    def loss(params, *arguments):
+        output = IMPROVED_UNET.apply({"params": params}, *arguments)
+        return jnp.sum(weights * output**2), output
+
+    gradient, output = jit(jax.grad(loss, has_aux=True))(params, *map(jnp.asarray, arguments))
+    return params, arguments, np.asarray(output), gradient
+
+
+def test_an_improved_network_equals_the_reference(improved):
+    params, (xt, t, labels), output, _ = improved
+    network = functools.partial(unet_reference.unet, float64(params), xt.astype(np.float64), labels=labels, levels=2, **SMALL)
+    assert_close(output, network(t / 4, improved=True, num_heads=2), rtol=1e-3, atol=1e-3)  # as above
+    for other in (network(t, improved=True, num_heads=2), network(t / 4, improved=True)):  # without its time, or its heads
+        assert np.abs(output - other).max() > 0.01
+
+
+def test_every_parameter_of_an_improved_network_has_a_gradient(improved):
+    largest = {name: np.abs(leaf).max() for name, leaf in leaves(improved[3]).items()}
+    scale = max(largest.values())
+    assert np.isfinite(scale)
+    assert all((value > 1e-5 * scale) != name.endswith("key/bias") for name, value in largest.items()), largest
+
+
+def test_an_improved_network_in_bfloat16_is_close_to_float32(improved):
+    params, arguments, full, _ = improved
+    half = IMPROVED_UNET.clone(dtype=jnp.bfloat16)
+    output = jit(lambda params, *inputs: half.apply({"params": params}, *inputs))(params, *map(jnp.asarray, arguments))
+    # As for the other style below: 8 bits, in each of some forty layers.
+    assert 1e-4 < np.linalg.norm(output - full) / np.linalg.norm(full) < 0.05
 
 
 def test_time_and_labels_and_neighbours(params, apply):

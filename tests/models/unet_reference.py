@@ -1,8 +1,13 @@
-"""Ho et al.'s UNet in NumPy float64, written from the description of its blocks, with loops where the library has kernels.
+"""The UNets in NumPy float64, written from the description of their blocks, with loops where the library has kernels.
+
+`improved` is Nichol & Dhariwal's instead of Ho et al.'s: time scales and shifts what the second norm gives, GroupNorm's epsilon
+is 1e-5, strided convolutions are padded on all sides, and the time embedding is cos before sin at frequencies of its own.
 
 A network is (parameters by name, settings); convolution weights are [3, 3, in, out], linear ones [in, out]. Nothing in
 this file imports the library.
 """
+
+import math
 
 import numpy as np
 from reference import sinusoidal_embedding
@@ -42,24 +47,49 @@ def group_norm(p, x, num_groups, eps=1e-6):
     return out * p["scale"] + p["bias"]
 
 
-def attention(p, x, num_groups):
-    """For each image and each position: the values of all positions, weighted by softmax(q . k / sqrt(C))."""
-    h = group_norm(p["norm"], x, num_groups)
+def softmax(row):
+    """exp(row) over its sum."""
+    powers = [math.exp(value - max(row)) for value in row]
+    return np.array(powers) / math.fsum(powers)
+
+
+def attention(p, x, num_groups, num_heads=1, eps=1e-6):
+    """Each head h has the channels h D ... (h + 1) D - 1: the values of all positions, weighted by softmax(q . k / sqrt(D))."""
+    h = group_norm(p["norm"], x, num_groups, eps)
     out = np.empty(x.shape)
     for b, image in enumerate(h):
         rows = image.reshape(-1, image.shape[-1])
         q, k, v = (linear(p[name], rows) for name in ("query", "key", "value"))
-        logits = q @ k.T / np.sqrt(rows.shape[1])
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        out[b] = linear(p["out"], weights / weights.sum(1, keepdims=True) @ v).reshape(image.shape)
+        width = rows.shape[1] // num_heads
+        heads = np.empty(rows.shape)
+        for head in range(num_heads):
+            own = slice(head * width, (head + 1) * width)
+            for i in range(len(rows)):
+                weights = softmax([q[i, own] @ k[j, own] / math.sqrt(width) for j in range(len(rows))])
+                heads[i, own] = weights @ v[:, own]
+        out[b] = linear(p["out"], heads).reshape(image.shape)
     return x + out
 
 
-def res_block(p, x, temb, num_groups):
-    h = convolution(p["conv1"], silu(group_norm(p["norm1"], x, num_groups)))
-    h = h + linear(p["time"], silu(temb))[:, None, None, :]
-    h = convolution(p["conv2"], silu(group_norm(p["norm2"], h, num_groups)))
+def res_block(p, x, temb, num_groups, improved=False):
+    eps = 1e-5 if improved else 1e-6
+    h = convolution(p["conv1"], silu(group_norm(p["norm1"], x, num_groups, eps)))
+    time = linear(p["time"], silu(temb))[:, None, None, :]
+    if improved:
+        scale, shift = time[..., : h.shape[-1]], time[..., h.shape[-1] :]
+        h = group_norm(p["norm2"], h, num_groups, eps)
+        h = h + scale * h + shift
+    else:
+        h = group_norm(p["norm2"], h + time, num_groups, eps)
+    h = convolution(p["conv2"], silu(h))
     return (linear(p["shortcut"], x) if "shortcut" in p else x) + h
+
+
+def cosine_embedding(t, dim):
+    """cos, then sin, of t / 10000^(k / half); an odd dim ends in a zero."""
+    half = dim // 2
+    rows = [[f(step / 10000.0 ** (k / half)) for f in (math.cos, math.sin) for k in range(half)] for step in t]
+    return np.array([row + [0.0] * (dim % 2) for row in rows])
 
 
 def space_to_depth(x, block):
@@ -75,16 +105,26 @@ def depth_to_space(x, block):
     return out
 
 
-def unet(params, xt, t, *, channels, levels, num_res_blocks, attention_resolutions, num_groups, labels=None, block=1):
+def unet(
+    params, xt, t, *, channels, levels, num_res_blocks, attention_resolutions, num_groups, labels=None, block=1,
+    improved=False, num_heads=1,
+):  # fmt: skip
     """Skips are pushed after conv_in, every block with its attention, and every downsampling; each up block pops one."""
 
-    def step(name, h):
-        h = res_block(params[name], h, temb, num_groups)
-        if h.shape[1] in attention_resolutions:
-            h = attention(params[f"{name}_attention"], h, num_groups)
-        return h
+    eps = 1e-5 if improved else 1e-6
 
-    temb = linear(params["time2"], silu(linear(params["time1"], sinusoidal_embedding(t, channels))))
+    def res(name, h):
+        return res_block(params[name], h, temb, num_groups, improved)
+
+    def attend(name, h):
+        return attention(params[name], h, num_groups, num_heads, eps)
+
+    def step(name, h):
+        h = res(name, h)
+        return attend(f"{name}_attention", h) if h.shape[1] in attention_resolutions else h
+
+    embedding = cosine_embedding(t, channels) if improved else sinusoidal_embedding(t, channels)
+    temb = linear(params["time2"], silu(linear(params["time1"], embedding)))
     if labels is not None:
         temb = temb + params["classes"]["embedding"][labels]
 
@@ -95,12 +135,12 @@ def unet(params, xt, t, *, channels, levels, num_res_blocks, attention_resolutio
             h = step(f"down{level}_block{index}", h)
             skips.append(h)
         if level < levels - 1:
-            h = convolution(params[f"down{level}_downsample"], h, stride=2, pad=((0, 1), (0, 1)))
+            h = convolution(params[f"down{level}_downsample"], h, stride=2, pad=((improved, 1), (improved, 1)))
             skips.append(h)
 
-    h = res_block(params["middle_block0"], h, temb, num_groups)
-    h = attention(params["middle_attention"], h, num_groups)
-    h = res_block(params["middle_block1"], h, temb, num_groups)
+    h = res("middle_block0", h)
+    h = attend("middle_attention", h)
+    h = res("middle_block1", h)
 
     for level in reversed(range(levels)):
         for index in range(num_res_blocks + 1):
@@ -109,11 +149,13 @@ def unet(params, xt, t, *, channels, levels, num_res_blocks, attention_resolutio
             h = convolution(params[f"up{level}_upsample"], np.kron(h, np.ones((1, 2, 2, 1))))
     assert not skips
 
-    h = silu(group_norm(params["norm_out"], h, num_groups))
+    h = silu(group_norm(params["norm_out"], h, num_groups, eps))
     return depth_to_space(convolution(params["conv_out"], h), block)
 
 
-def parameter_sizes(channels, multipliers, num_res_blocks, attention_sizes, size, image_channels):
+def parameter_sizes(
+    channels, multipliers, num_res_blocks, attention_sizes, size, image_channels, out_channels, scale_and_shift=False
+):
     """Number of scalars of every weight and bias, block by block; `size` is the edge of the image in pixels."""
     sizes = []
 
@@ -131,7 +173,7 @@ def parameter_sizes(channels, multipliers, num_res_blocks, attention_sizes, size
     def res(inputs, outputs):
         norm(inputs)
         conv(inputs, outputs)
-        conv(4 * channels, outputs, 1)
+        conv(4 * channels, 2 * outputs if scale_and_shift else outputs, 1)
         norm(outputs)
         conv(outputs, outputs)
         if inputs != outputs:
@@ -165,5 +207,5 @@ def parameter_sizes(channels, multipliers, num_res_blocks, attention_sizes, size
             conv(width, width)
             size *= 2
     norm(width)
-    conv(width, image_channels)
+    conv(width, out_channels)
     return sizes

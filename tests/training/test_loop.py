@@ -31,7 +31,7 @@ from ddpm_jax.training.step import make_train_step as library_train_step
 from ddpm_jax.training.step import make_train_steps as library_train_steps
 
 
-def make_pixel_net(config, channels, learn_variance=False):
+def make_pixel_net(config, channels, learn_variance=False, num_steps=1000):
     return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)
 
 
@@ -172,6 +172,21 @@ def test_stopping_and_going_on_is_the_uninterrupted_run(config, whole, tmp_path,
     assert f"resuming {tmp_path} from step 7" in log.text
     assert_same_bits(parts, whole.state)
     assert without_speed(records(tmp_path)) == without_speed(records(whole.workdir))
+
+
+def test_importance_sampling_goes_on_where_it_stopped(config, tmp_path):
+    """Its losses are in the checkpoint: hybrid loss, learned variance, parts of a batch, all steps in the same bits."""
+    diffusion = DiffusionConfig(num_steps=3, schedule="cosine", variance="learned_range", loss="hybrid", timesteps="importance")
+    optim = dataclasses.replace(config.optim, accumulate_steps=2)
+    config = with_train(dataclasses.replace(config, diffusion=diffusion, optim=optim), batch_size=12)
+    whole = loop.train(config, tmp_path / "whole")
+    assert (np.asarray(whole.loss_history.seen) >= 10).all()
+    loop.train(with_train(config, num_steps=7), tmp_path / "parts")
+    assert_same_bits(loop.train(config, tmp_path / "parts"), whole)
+    with pytest.raises(InputError, match=r"diffusion.timesteps: importance -> uniform"):
+        loop.train(
+            dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, timesteps="uniform")), tmp_path / "parts"
+        )
 
 
 @pytest.mark.parametrize("together", [3, 100])

@@ -2,19 +2,22 @@
 
 import dataclasses
 import itertools
+from collections import deque
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 from networks import OnePicture, PixelNet
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches
 from ddpm_jax.data.sources import ImageSet
+from ddpm_jax.diffusion.timesteps import draw_by_loss, draw_timesteps, empty_history
 from ddpm_jax.models import make_unet
-from ddpm_jax.parallel import compile_for, make_mesh, put, replicated, run_once
+from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import init_state
 from ddpm_jax.training.step import make_loss_and_grad, make_train_step, make_train_steps, random_flip, to_float
@@ -139,9 +142,122 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts, num_classes):
         these = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate_steps=accumulate_steps))
         return quick(make_loss_and_grad(these, config_schedule(these), unet))(jax.random.key(5), params, batch)
 
-    (loss, grads), (whole_loss, whole_grads) = run(parts), run(1)
+    (loss, grads, _), (whole_loss, whole_grads, _) = run(parts), run(1)
     np.testing.assert_allclose(loss, whole_loss, rtol=RTOL)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=RTOL, atol=ATOL), grads, whole_grads)
+
+
+# --- objectives
+
+
+def grey_levels(images):
+    return images.astype(np.float64) / 255 * 2 - 1
+
+
+@pytest.mark.parametrize(("weight", "prediction"), [("min_snr", "x0"), ("truncated_snr", "x0"), ("min_snr", "v")])
+def test_the_loss_is_weighted_by_timestep(weight, prediction):
+    """OnePicture answers 0, so the loss of an image is its weight times the mean square of its target."""
+    config = changed(diffusion={"prediction": prediction, "loss_weight": weight, "min_snr_gamma": 2.0})
+    schedule, images = config_schedule(config), random_images(8)
+    function = quick(make_loss_and_grad(config, schedule, network(OnePicture, config)))
+    loss, _, _ = function(jax.random.key(5), {"picture": jnp.zeros((8, 8, 2))}, Batch(jnp.asarray(images)))
+    _, t_key, eps_key, _ = jax.random.split(jax.random.key(5), 4)
+    t = np.asarray(draw_timesteps(t_key, 8, 50))
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4 * 20, 0.02 * 20, 50))[t].reshape(-1, 1, 1, 1)
+    snr = alpha_bar / (1 - alpha_bar)
+    of_x0 = np.minimum(snr, 2) if weight == "min_snr" else np.maximum(snr, 1)
+    eps, x0 = np.asarray(jax.random.normal(eps_key, images.shape), np.float64), grey_levels(images)
+    target = x0 if prediction == "x0" else np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x0
+    expected = np.mean(of_x0 / (1 if prediction == "x0" else snr + 1) * target**2)
+    np.testing.assert_allclose(loss, expected, rtol=RTOL)
+
+
+@pytest.mark.parametrize(("loss", "variance"), [("hybrid", "learned_range"), ("vlb", "learned_range"), ("vlb", "fixed_small")])
+def test_the_bound_of_a_constant_picture(loss, variance):
+    """OnePicture with prediction x0 answers the picture c and, learned, the place r of the log variance, for every pixel.
+
+    The gradient of the picture is checked against the difference quotient of the float64 loss, where it is the bound's; in
+    the hybrid it is 2 (c - mean x0) / P as without the bound.
+    """
+    config = changed(diffusion={"prediction": "x0", "loss": loss, "variance": variance})
+    images, learned = random_images(8), variance == "learned_range"
+    unet = OnePicture(out_channels=2 * (1 + learned), dropout=0.0)
+    rng = np.random.default_rng(1)
+    picture = rng.uniform(-0.5, 0.5, (8, 8, 2 * (1 + learned))).astype(np.float32)
+    function = quick(make_loss_and_grad(config, config_schedule(config), unet))
+    got, grads, _ = function(jax.random.key(6), {"picture": jnp.asarray(picture)}, Batch(jnp.asarray(images)))
+    t = np.asarray(draw_timesteps(jax.random.split(jax.random.key(6), 4)[1], 8, 50))
+    betas, x0 = np.linspace(1e-4 * 20, 0.02 * 20, 50), grey_levels(images)
+
+    def plain(picture):
+        place = picture[..., 2:] if learned else None
+        terms = [reference.vlb_term(betas, x0[i], picture[..., :2], t[i], variance, place) for i in range(8)]
+        share = 0.001 if loss == "hybrid" else 1
+        return share * 50 * np.mean(terms) + (np.mean((x0 - picture[..., :2]) ** 2) if loss == "hybrid" else 0)
+
+    wide = picture.astype(np.float64)
+    np.testing.assert_allclose(got, plain(wide), rtol=2e-5)  # float32's log variances, up to 6, are off by 2e-7
+    for channel in range(picture.shape[-1]):
+        step = np.zeros_like(wide)
+        step[3, 4, channel] = 1e-5
+        quotient = (plain(wide + step) - plain(wide - step)) / 2e-5
+        if loss == "hybrid" and channel < 2:
+            quotient = 2 * (wide - x0.mean(axis=0) if not learned else wide[..., :2] - x0.mean(axis=0))[3, 4, channel] / 128
+        # The quotient of numbers of about 1 to 100 has an error of 1e-16 x 100 / 1e-5 = 1e-9.
+        np.testing.assert_allclose(grads["picture"][3, 4, channel], quotient, rtol=1e-4, atol=1e-7)
+
+
+def importance(accumulate_steps=1, **diffusion):
+    return changed(
+        diffusion={"timesteps": "importance", "num_steps": 4, "schedule": "cosine"} | diffusion,
+        optim={"accumulate_steps": accumulate_steps}, train={"batch_size": 16},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_importance_sampling_records_the_loss_of_each_image(parts):
+    """And goes on to draw by it: with prediction x0 and a picture of zeros, the loss of an image is its mean square."""
+    config = importance(parts, prediction="x0")
+    function = quick(make_loss_and_grad(config, config_schedule(config), network(OnePicture, config)))
+    params, images = {"picture": jnp.zeros((8, 8, 2))}, random_images(16)
+    square = np.mean(grey_levels(images) ** 2, axis=(1, 2, 3))
+    history, queues = empty_history(4), [deque(maxlen=10) for _ in range(4)]
+    for number in range(8):
+        key = jax.random.key(number)
+        t, share = draw_by_loss(jax.random.split(key, 4)[1], history, 16)
+        loss, grads, history = function(key, params, Batch(jnp.asarray(images)), history)
+        np.testing.assert_allclose(loss, np.mean(np.asarray(share, np.float64) * square), rtol=RTOL)
+        expected = np.mean(np.asarray(share, np.float64)[:, None, None, None] * -2 * grey_levels(images), axis=0) / 128
+        np.testing.assert_allclose(grads["picture"], expected, rtol=RTOL, atol=1e-7)
+        for step, value in zip(np.asarray(t), square, strict=True):
+            queues[step].append(value)
+        for step, queue in enumerate(queues):
+            np.testing.assert_allclose(np.sort(history.losses[step, : len(queue)]), np.sort(queue), rtol=RTOL)
+    assert all(len(queue) == 10 for queue in queues)
+    assert len(set(np.asarray(share).tolist())) > 1  # no longer uniform
+
+
+def test_importance_sampling_on_eight_devices_is_that_on_one():
+    """Twelve steps: the batch is split, the history whole on each device and the same bits on all."""
+    config = importance()
+    stream = [random_images(16, seed) for seed in range(12)]
+
+    def run(count):
+        mesh = make_mesh(jax.devices()[:count])
+        state, train_step = prepare(config, network(PixelNet, config), mesh)
+        train_step = compile_for(mesh, train_step, out_shardings=replicated(mesh))
+        for images in stream:
+            state, metrics = train_step(state, put(Batch(images), batch_sharding(mesh)))
+        return state, metrics
+
+    (one, one_metrics), (eight, eight_metrics) = run(1), run(8)
+    np.testing.assert_array_equal(one.loss_history.seen, eight.loss_history.seen)
+    np.testing.assert_allclose(one.loss_history.losses, eight.loss_history.losses, rtol=1e-4)  # twelve steps of float32
+    np.testing.assert_allclose(one_metrics.loss, eight_metrics.loss, rtol=1e-4)
+    assert (np.asarray(one.loss_history.seen) >= 10).all()
+    for leaf in eight.loss_history:
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(shards) == 8 and all(shard.tobytes() == shards[0].tobytes() for shard in shards)
 
 
 # --- randomness
@@ -181,7 +297,7 @@ def test_step_key_is_fold_in_of_seed_and_step(one_device):
     state, _ = prepare(config, unet, one_device)
     state = state._replace(step=jnp.int32(7))
     key = jax.random.fold_in(jax.random.key(11), 7)
-    loss, grads = quick(make_loss_and_grad(config, config_schedule(config), unet))(key, state.params, batch)
+    loss, grads, _ = quick(make_loss_and_grad(config, config_schedule(config), unet))(key, state.params, batch)
     optimizer = make_optimizer(config.optim, 100)
     _, metrics = quick(make_train_step(config, config_schedule(config), unet, optimizer))(state, batch)
     np.testing.assert_allclose(metrics.loss, loss, rtol=RTOL)
@@ -215,7 +331,7 @@ def test_parts_of_a_batch_have_dropout_of_their_own():
     unet = network(OnePicture, config)
     white = Batch(jnp.ones((2, 8, 8, 2), jnp.float32))
     params = {"picture": jnp.zeros((8, 8, 2))}
-    _, grads = quick(make_loss_and_grad(config, config_schedule(config), unet))(jax.random.key(0), params, white)
+    _, grads, _ = quick(make_loss_and_grad(config, config_schedule(config), unet))(jax.random.key(0), params, white)
     kept = np.asarray(grads["picture"]) * -(8 * 8 * 2) * 0.5
     counts = [np.sum(np.isclose(kept, k, atol=ATOL)) for k in (0, 1, 2)]
     assert sum(counts) == 128

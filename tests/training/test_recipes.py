@@ -1,0 +1,68 @@
+"""The recipes of configs/, each with a small network and small images: a training step, and what its numbers promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ROOT
+
+from ddpm_jax import load_config
+from ddpm_jax.data.pipeline import Batch
+from ddpm_jax.inference import make_network
+from ddpm_jax.models import init_params, num_params
+from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.state import init_state
+from ddpm_jax.training.step import make_train_step
+from ddpm_jax.validation import config_schedule
+
+FAST = {"xla_backend_optimization_level": 0}
+
+SMALL = {
+    "data.image_shape": (8, 8, 3),
+    "model.channels": 8,
+    "model.multipliers": (1, 2),
+    "model.num_res_blocks": 1,
+    "model.attention_resolutions": (4,),
+    "model.num_groups": 4,
+    "train.batch_size": 4,
+}
+
+
+def recipe(name, overrides=None):
+    return load_config(ROOT / "configs" / f"{name}.py", overrides)
+
+
+@pytest.mark.parametrize("name", ["cifar10_improved", "stanford_cars64"])
+def test_three_steps_of_a_shrunken_recipe(name):
+    """Every value stays finite, and every weight has moved: those in front of two layers that start at zero move third."""
+    config = recipe(name, SMALL | {"optim.warmup_steps": 0})
+    unet, optimizer = make_network(config), make_optimizer(config.optim, config.train.num_steps)
+    step = jax.jit(make_train_step(config, config_schedule(config), unet, optimizer), compiler_options=FAST)
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    state = first = jax.jit(lambda: init_state(config, unet, optimizer), compiler_options=FAST)()
+    for _ in range(3):
+        state, metrics = step(state, Batch(jnp.asarray(images), None))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, metrics)))
+    moved = jax.tree.map(lambda before, after: bool(np.any(before != after)), first.params, state.params)
+    still = [jax.tree_util.keystr(path) for path, value in jax.tree_util.tree_leaves_with_path(moved) if not value]
+    # Attention's key biases have no gradient: they move all logits of a query alike.
+    assert all(name.endswith("['key']['bias']") for name in still), still
+
+
+def test_an_improved_network_tells_its_variances():
+    config = recipe("cifar10_improved", SMALL)
+    unet = make_network(config)
+    assert (unet.out_channels, unet.time_scale, unet.num_heads, unet.style) == (6, 0.25, 4, "improved")
+
+
+@pytest.mark.parametrize(("name", "total"), [("cifar10_improved", 52_546_438), ("stanford_cars64", 35_746_307)])
+def test_parameters_of_the_recipes(name, total):
+    config = recipe(name)
+    assert num_params(jax.eval_shape(lambda: init_params(make_network(config), 0, config.data.image_shape))) == total
+
+
+def test_three_hundred_steps_end_in_noise():
+    """The signal that is left in x_T, against betas that nobody scaled."""
+    scaled = np.sqrt(np.prod(1 - np.linspace(1e-4, 0.02, 300) * 1000 / 300))
+    assert np.sqrt(config_schedule(recipe("stanford_cars64")).alpha_bar[-1]) == pytest.approx(scaled, rel=1e-4)
+    assert scaled < 0.006 < 0.2 < np.sqrt(np.prod(1 - np.linspace(1e-4, 0.02, 300)))
