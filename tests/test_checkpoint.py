@@ -384,7 +384,7 @@ def test_a_config_is_written_and_read_back(tmp_path):
     assert read_config(workdir / "config.json") == CONFIG
 
 
-OTHERS = {"sample.sampler": "ddpm", "sample.spacing": "trailing", "sample.eta": 0.5}
+OTHERS = {"sample.sampler": "ddpm", "sample.spacing": "trailing", "sample.threshold": "none", "sample.eta": 0.5}
 
 
 @pytest.mark.parametrize("name", HARMLESS)

@@ -271,7 +271,7 @@ def test_gradient_of_the_bound_is_the_difference_quotient(schedule):
         step = np.zeros_like(wide)
         step[..., 2, 1, channel] = 1e-6
         up, down = (bits(x0, eps, array, "x0", t) for array in (wide + step, wide - step))
-        # A difference of 1e-6 in bits known to 1e-16 of 1e4: 1e-6, beside the rounding of x0 - x0's prediction, 1e-7 / 0.01.
+        # The quotient is off by 1e-16 of 1e4 bits over 1e-6; float32's x0 - x0's prediction, of 0.01, is off by 1e-7.
         assert_close(got[:, 2, 1, channel], (up - down) / 2e-6, rtol=1e-4, atol=1e-4)
 
 

@@ -14,8 +14,9 @@ class OnePicture(UNet):
 
     @nn.compact
     def __call__(self, xt, t, labels=None, train=False):
-        picture = self.param("picture", nn.initializers.zeros, xt.shape[1:])
-        return nn.Dropout(self.dropout)(jnp.broadcast_to(1.0 * picture, xt.shape), deterministic=not train)
+        picture = self.param("picture", nn.initializers.zeros, (*xt.shape[1:-1], self.out_channels))
+        output = jnp.broadcast_to(1.0 * picture, (len(xt), *picture.shape))
+        return nn.Dropout(self.dropout)(output, deterministic=not train)
 
 
 class PixelNet(UNet):
