@@ -13,8 +13,9 @@ from ddpm_jax.data.pipeline import Batch
 from ddpm_jax.diffusion.losses import draw_timesteps, simple_loss
 from ddpm_jax.diffusion.schedule import Schedule
 from ddpm_jax.models import UNet, bind
+from ddpm_jax.training.ema import ema_decay, ema_update, update_averages
 from ddpm_jax.training.optimizer import make_learning_rate
-from ddpm_jax.training.state import TrainState, ema_decay, ema_update
+from ddpm_jax.training.state import TrainState
 
 
 class Metrics(NamedTuple):
@@ -41,8 +42,9 @@ def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: o
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step, config.optim.ema_decay, config.optim.ema_warmup)
         ema = ema_update(state.ema, params, decay)
+        averages = update_averages(state.averages, params, state.step, config.optim)
         metrics = Metrics(loss, optax.tree.norm(grads), jnp.asarray(learning_rate(state.step), jnp.float32))
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return TrainState(state.step + 1, params, ema, opt_state, averages), metrics
 
     return train_step
 
