@@ -5,7 +5,6 @@ The network is PixelNet on one device, but for the real run at the end.
 
 import dataclasses
 import logging
-import os
 import shutil
 
 import jax
@@ -176,7 +175,7 @@ def killed(folder, target, checkpoints, snapshots):
     return target
 
 
-@pytest.mark.parametrize(("checkpoints", "snapshots"), [(15, 18), (15, 15), (0, 3), (0, 18)])
+@pytest.mark.parametrize(("checkpoints", "snapshots"), [(15, 18), (0, 3)])
 def test_a_run_killed_after_a_snapshot_repeats_the_steps_but_not_the_snapshot(config, whole, tmp_path, checkpoints, snapshots):
     workdir = killed(whole[0], tmp_path / "run", checkpoints, snapshots)
     before = {entry.name: entry.stat().st_ino for entry in (workdir / "snapshots").iterdir()}
@@ -267,8 +266,7 @@ def test_a_damaged_snapshot(whole, tmp_path):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
     good = ddpm.load(workdir, "ema:0.075").params
     damaged = workdir / "snapshots" / "18"
-    big = max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    os.truncate(big, big.stat().st_size // 2)
+    shutil.rmtree(damaged / "ema-0.1")
     one_line_error(ddpm.load, workdir, "ema:0.075", fragments=[f"snapshot {damaged} can't be read", "move it away"])
     damaged.rename(workdir / "18")
     without = ddpm.load(workdir, "ema:0.075").params
@@ -299,7 +297,7 @@ def relative(a, b):
 
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
-    """640 steps of a small UNet on the packaged images, five lengths followed, of which two are used."""
+    """640 steps of a small UNet on the packaged images, with 16 snapshots; five lengths followed, of which two are used."""
     workdir = tmp_path_factory.mktemp("real")
     config = Config(
         diffusion=DiffusionConfig(schedule="cosine", num_steps=100),
@@ -309,7 +307,7 @@ def real_run(tmp_path_factory):
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, ema_lengths=(0.03, 0.05, 0.075, 0.1, 0.15)),
         train=TrainConfig(
             batch_size=8, num_steps=640, steps_per_dispatch=20, checkpoint_every_steps=320, keep_last=2, keep_every_steps=None,
-            preview_every_steps=None, snapshot_every_steps=20,
+            preview_every_steps=None, snapshot_every_steps=40,
         ),
         sample=SampleConfig(num_steps=10),
     )  # fmt: skip
@@ -327,5 +325,5 @@ def test_a_length_put_together_is_the_one_followed(real_run, length):
     found = reconstruct(workdir / "checkpoints" / "640", length, two, abstract_of(state))
     errors = {name: relative(state.averages[f"ema:{name}"], state.averages[f"ema:{length}"]) for name in (0.05, 0.1)}
     error = relative(found, state.averages[f"ema:{length}"])
-    print(f"ema:{length}: reconstructed to {error:.2g}; nearest stored {errors}")
+    print(f"ema:{length} put together to {error:.2g}; the stored averages are {errors} off")
     assert error < 1e-3 < min(errors.values())

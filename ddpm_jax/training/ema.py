@@ -24,11 +24,11 @@ MAX_LENGTH = 12**-0.5  # of gamma = 0, the plain mean of all steps; longer ones 
 
 
 class Profile(NamedTuple):
-    """The profile of one power function average."""
+    """The profile of one power function average, or of several."""
 
-    t: float
+    t: Float[np.ndarray, "*N"] | float
     """Updates made when it was taken, > 0."""
-    gamma: float
+    gamma: Float[np.ndarray, "*N"] | float
     """Its power, >= 0."""
 
 
@@ -84,11 +84,10 @@ def gamma_from_length(length: float) -> float:
     return max(0.0, float(roots.real.max()))
 
 
-def profile_inner_product(a: Profile, b: Profile) -> float:
+def profile_inner_product(a: Profile, b: Profile) -> Float[np.ndarray, "*N"] | float:
     """Integral of p_a(tau) p_b(tau), (g_a + 1)(g_b + 1) (t_a / t_b)^g_b / ((g_a + g_b + 1) t_b) for t_a <= t_b. Appendix C."""
-    if a.t > b.t:
-        a, b = b, a
-    return (a.gamma + 1) * (b.gamma + 1) * (a.t / b.t) ** b.gamma / ((a.gamma + b.gamma + 1) * b.t)
+    early, late, power = np.minimum(a.t, b.t), np.maximum(a.t, b.t), np.where(a.t <= b.t, b.gamma, a.gamma)
+    return (a.gamma + 1) * (b.gamma + 1) * (early / late) ** power / ((a.gamma + b.gamma + 1) * late)
 
 
 def solve_weights(stored: Sequence[Profile], wanted: Profile) -> tuple[Float[np.ndarray, " N"], float]:
@@ -101,12 +100,12 @@ def solve_weights(stored: Sequence[Profile], wanted: Profile) -> tuple[Float[np.
     Returns:
         x, and the distance |p - sum_i x_i p_i| / |p|: 0 for a stored profile, about 1 for one that has nothing in common.
     """
-    profiles = [Profile(p.t / wanted.t, p.gamma) for p in stored]
-    target, count = Profile(1.0, wanted.gamma), len(stored)
+    count, target = len(stored), Profile(1.0, wanted.gamma)
+    t, gamma = np.array([p.t for p in stored]) / wanted.t, np.array([p.gamma for p in stored])
     system = np.ones((count + 1, count + 1))
-    system[:count, :count] = [[profile_inner_product(p, q) for q in profiles] for p in profiles]
+    system[:count, :count] = profile_inner_product(Profile(t[:, None], gamma[:, None]), Profile(t, gamma))
     system[count, count] = 0.0
-    right = np.array([*(profile_inner_product(p, target) for p in profiles), 1.0])
+    right = np.append(profile_inner_product(Profile(t, gamma), target), 1.0)
     x = np.linalg.lstsq(system, right, rcond=None)[0][:count]  # neighbours are nearly parallel: the smallest of many solutions
     norm = profile_inner_product(target, target)
     distance = norm - 2 * x @ right[:count] + x @ system[:count, :count] @ x
