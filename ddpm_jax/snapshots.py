@@ -97,27 +97,28 @@ def reconstruct(checkpoint: Path, length: float, config: Config, abstract: PyTre
     if folders[-1].name != checkpoint.name:
         folders.append(checkpoint)
     stored = [Profile(int(folder.name), gamma_from_length(each)) for folder in folders for each in lengths]
-    weights, distance = solve_weights(stored, Profile(step, gamma_from_length(length)))
+    shares, distance = solve_weights(stored, Profile(step, gamma_from_length(length)))
     followed = f"the averages of lengths {', '.join(map(str, lengths))} at {len(folders)} step{'s' if folders[1:] else ''}"
     if distance > MAX_DISTANCE:
         advice = "choose a length nearer to these, or a smaller train.snapshot_every_steps for another run"
         raise WeightsError(f"weights ema:{length}: {followed} give its profile only to {distance:.0%}: {advice}")
-    logger.info(
-        "weights ema:%s of step %d from %s; their profiles give its own to %.2g %%", length, step, followed, 100 * distance
-    )
+    what = "weights ema:%s of step %d from %s; their profiles give its own to %.2g %%"
+    logger.info(what, length, step, followed, 100 * distance)
     total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float64), abstract)
-    for folder, shares in zip(folders, weights.reshape(len(folders), len(lengths)), strict=True):
-        items = {item_name(f"ema:{each}"): abstract for each in lengths}
-        try:
-            loaded = ocp.load_checkpointables(folder, items)
-        except Exception as error:  # whatever Orbax or its storage raise
-            if folder == checkpoint:
-                raise  # the caller may go back to the checkpoint before
-            reason = str(error).strip().partition("\n")[0]
-            raise WeightsError(f"snapshot {folder} can't be read: move it away to do without ({reason[:200]})") from error
-        for name, share in zip(items, shares, strict=True):
+    items = {item_name(f"ema:{each}"): abstract for each in lengths}
+    for folder, each in zip(folders, shares.reshape(len(folders), len(lengths)), strict=True):
+        loaded = ocp.load_checkpointables(folder, items) if folder == checkpoint else _load_snapshot(folder, items)
+        for name, share in zip(items, each, strict=True):
             total = jax.tree.map(lambda a, b: a + share * np.asarray(b, np.float64), total, loaded[name])  # noqa: B023
     return jax.tree.map(lambda value, leaf: jax.device_put(value.astype(leaf.dtype), leaf.sharding), total, abstract)
+
+
+def _load_snapshot(folder: Path, items: dict[str, PyTree]) -> dict[str, PyTree]:
+    try:
+        return ocp.load_checkpointables(folder, items)
+    except Exception as error:  # whatever Orbax or its storage raise
+        reason = str(error).strip().partition("\n")[0]
+        raise WeightsError(f"snapshot {folder} can't be read: move it away to do without ({reason[:200]})") from error
 
 
 def _snapshots(checkpoint: Path, step: int) -> list[Path]:
