@@ -11,7 +11,6 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from ddpm_jax import cli
 from ddpm_jax.diffusion.samplers import SAMPLERS
@@ -38,8 +37,9 @@ class Arguments:
     """Images to draw."""
     seed: int = 0
     """Seed; image i is the same whatever the number of images."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The moving average of the weights, or the weights themselves."""
+    weights: str = "ema"
+    """The moving average of the weights (ema), the weights themselves (raw), another average of the run (decay:0.999), or the
+    power function average of any length (ema:0.08)."""
     sampler: str | None = None
     """Sampling algorithm."""
     num_steps: int | None = None

@@ -40,8 +40,8 @@ from worker_jax import Training, make_config, make_run, start_training
 from ddpm_jax.config import Config
 from ddpm_jax.models import num_params
 from ddpm_jax.parallel import compile_for, keep_compiled
+from ddpm_jax.training.ema import ema_decay, ema_update
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.state import ema_decay, ema_update
 
 
 @dataclass(frozen=True)

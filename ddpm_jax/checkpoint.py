@@ -1,7 +1,9 @@
 """How runs are stored: Orbax checkpoints in a run folder, each with its config inside.
 
     RUN/config.json                 the config of the run
-    RUN/checkpoints/STEP/           params, ema and training (optimiser state, step, loss history), each readable alone
+    RUN/checkpoints/STEP/           params, ema, further averages, training (optimiser state, step, loss history),
+                                    each readable alone
+    RUN/snapshots/STEP/             see snapshots.py
 
 A checkpoint is written to a temporary folder and renamed when whole, so a killed run leaves either all of it or none.
 One that was damaged later is put aside as STEP.damaged, and the one before it is used.
@@ -21,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax.config import Config, differences, from_json, to_json
 from ddpm_jax.errors import InputError
+from ddpm_jax.snapshots import WeightsError, find_weights, item_name, parse_weights, reconstruct
 from ddpm_jax.training.state import TrainState
 
 logger = logging.getLogger("ddpm_jax")
@@ -29,8 +32,11 @@ Checkpointer: TypeAlias = ocp.training.Checkpointer
 
 
 def check_run_folder(workdir: Path, config: Config) -> None:
-    """Raise InputError where the folder holds checkpoints of a run whose config differs in a field that matters."""
-    newest = next(_newest_first(workdir / "checkpoints"), None)
+    """Raise InputError where the folder holds checkpoints of a run whose config differs in a field that matters.
+
+    Snapshots count too: a run that was killed before its first checkpoint goes on with the ones it has made.
+    """
+    newest = next(itertools.chain(_newest_first(workdir / "checkpoints"), _newest_first(workdir / "snapshots")), None)
     if newest is None:
         return
     path = workdir / "config.json"
@@ -74,7 +80,7 @@ def open_checkpoints(workdir: Path, config: Config) -> Checkpointer:
 
 def save(checkpoints: Checkpointer, state: TrainState, step: int, config: Config) -> None:
     """Start writing a checkpoint; training goes on meanwhile. `checkpoints.wait()` ends when it is written."""
-    items = {"params": state.params, "ema": state.ema, "training": _training(state)}
+    items = {"params": state.params, "ema": state.ema, "training": _training(state)} | _averages(state)
     checkpoints.save_checkpointables_async(step, items, force=True, custom_metadata={"config": to_json(config)})
 
 
@@ -91,6 +97,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | No
         InputError: there are checkpoints, but none can be read.
     """
     items = {"params": abstract_state.params, "ema": abstract_state.ema, "training": _training(abstract_state)}
+    items |= _averages(abstract_state)
     damaged: dict[Path, str] = {}
     for path in _newest_first(workdir / "checkpoints"):
         try:
@@ -100,7 +107,8 @@ def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | No
             continue
         for bad, reason in damaged.items():
             logger.warning("checkpoint %s can't be read (%s): put aside as %s", bad, reason, _put_aside(bad).name)
-        return TrainState(params=loaded["params"], ema=loaded["ema"], **loaded["training"])
+        averages = {name: loaded[item_name(name)] for name in abstract_state.averages}
+        return TrainState(params=loaded["params"], ema=loaded["ema"], averages=averages, **loaded["training"])
     if damaged:
         path, reason = next(iter(damaged.items()))
         raise InputError(f"none of the {len(damaged)} checkpoints of {workdir} can be read; {path.name}: {reason}")
@@ -120,7 +128,7 @@ class Weights:
     config: Config
     """The config that they were trained with."""
     params: PyTree
-    """The weights: raw, or their moving average."""
+    """The weights: raw, or a moving average of them."""
     step: int
     """Updates made before they were saved."""
 
@@ -130,15 +138,14 @@ def load_weights(path: str | Path, weights: str, make_abstract: Callable[[Config
 
     Args:
         path: RUN or RUN/checkpoints/STEP.
-        weights: "ema" or "raw".
+        weights: "ema", "raw", or one of the run's further averages: "decay:0.999", "ema:0.08".
         make_abstract: function Config -> abstract parameters (shapes, dtypes, shardings).
 
     Raises:
-        InputError: no checkpoint there, or one whose arrays don't fit the network of its config.
+        InputError: no checkpoint there, one whose arrays don't fit the network of its config, or weights it doesn't have.
     """
     path = Path(path).absolute()
-    if weights not in ("ema", "raw"):
-        raise InputError(f"unknown weights {weights!r}: choose ema or raw")
+    parse_weights(weights)
     if not path.exists():
         raise InputError(f"no checkpoint at {path}: there is no such folder")
     if path.is_dir() and path.name.isdigit() and ocp.is_orbax_checkpoint(path):
@@ -149,6 +156,8 @@ def load_weights(path: str | Path, weights: str, make_abstract: Callable[[Config
     for candidate in candidates[:-1]:
         try:
             return _load_one(candidate, weights, make_abstract)
+        except WeightsError:
+            raise
         except InputError as error:
             logger.warning("%s; falling back to the checkpoint before", error)
     return _load_one(candidates[-1], weights, make_abstract)
@@ -156,9 +165,11 @@ def load_weights(path: str | Path, weights: str, make_abstract: Callable[[Config
 
 def _load_one(path: Path, weights: str, make_abstract: Callable[[Config], PyTree]) -> Weights:
     config = _stored_config(path)
-    name = "ema" if weights == "ema" else "params"
+    name = find_weights(weights, config)
     abstract = make_abstract(config)
     try:
+        if isinstance(name, float):
+            return Weights(config, reconstruct(path, name, config, abstract), int(path.name))
         stored = ocp.checkpointables_metadata(path).metadata[name]
         if stored is None:
             raise InputError(f"checkpoint {path} can't be read: the description of its {weights} weights is missing")
@@ -215,6 +226,10 @@ def _training(state: TrainState) -> dict[str, PyTree]:
     # What a run has none of is left out, so that checkpoints of before it existed stay readable.
     history = {} if state.loss_history is None else {"loss_history": state.loss_history}
     return {"step": state.step, "opt_state": state.opt_state} | history
+
+
+def _averages(state: TrainState) -> dict[str, PyTree]:
+    return {item_name(name): average for name, average in state.averages.items()}
 
 
 def _first_line(error: Exception) -> str:

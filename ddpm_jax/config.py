@@ -119,6 +119,11 @@ class OptimConfig:
     """Decay of the exponential moving average (EMA) of the weights."""
     ema_warmup: bool = True
     """Whether the decay of update n is at most (1 + n) / (10 + n), so that early averages forget the initial weights."""
+    ema_decays: tuple[float, ...] = ()
+    """Decays of further averages like it, with the same warm-up, to choose from afterwards as decay:VALUE."""
+    ema_lengths: tuple[float, ...] = ()
+    """Lengths of power function averages, relative to the run: two such as 0.05 0.1, with train.snapshot_every_steps, let any
+    other length be put together after training as ema:LENGTH."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +145,8 @@ class TrainConfig:
     """How many of the newest checkpoints are kept."""
     keep_every_steps: int | None = 100_000
     """Checkpoints at multiples of this are kept for good; None: none are."""
+    snapshot_every_steps: int | None = None
+    """Steps between two snapshots of the averages of optim.ema_lengths, all kept for good; None: none are made."""
     preview_every_steps: int | None = 10_000
     """Steps between two grids of samples from the same noise; None: none are made."""
     preview_images: int = 64
@@ -186,6 +193,7 @@ HARMLESS = (
     "train.checkpoint_every_steps",
     "train.keep_last",
     "train.keep_every_steps",
+    "train.snapshot_every_steps",
     "train.preview_every_steps",
     "train.preview_images",
     "data.device_megabytes",

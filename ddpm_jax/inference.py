@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ class Model:
     step: int
     """Training steps behind the weights."""
     weights: str
-    """"ema" or "raw"."""
+    """Which weights they are: "ema", "raw", "decay:0.999", "ema:0.08"."""
     mesh: Mesh
     """The devices it runs on."""
 
@@ -197,15 +197,17 @@ class Model:
         return classes
 
 
-def load(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Model:
+def load(path: str | Path, weights: str = "ema") -> Model:
     """A trained model from a run folder (its newest checkpoint) or from a checkpoint's own folder.
 
     Args:
         path: runs/NAME or runs/NAME/checkpoints/STEP.
-        weights: "ema", the moving average, or "raw", the weights as the last step left them.
+        weights: "ema", the moving average; "raw", the weights as the last step left them; "decay:0.999", one of
+            optim.ema_decays; "ema:0.08", the power function average of any length, followed in training (one of
+            optim.ema_lengths) or put together from the snapshots of those that were.
 
     Raises:
-        InputError: no checkpoint there, or a damaged one.
+        InputError: no checkpoint there, a damaged one, or weights that it doesn't have.
     """
     mesh = make_mesh()
     loaded = load_weights(path, weights, lambda config: abstract_params(config, mesh))

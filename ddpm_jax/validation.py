@@ -49,6 +49,7 @@ def validate(config: "Config") -> None:
         "optim.clip_norm": o.clip_norm,
         "train.keep_every_steps": t.keep_every_steps,
         "train.preview_every_steps": t.preview_every_steps,
+        "train.snapshot_every_steps": t.snapshot_every_steps,
     }
     positive |= {name: value for name, value in optional.items() if value is not None}
     for name, value in positive.items():
@@ -58,6 +59,11 @@ def validate(config: "Config") -> None:
         _require(value >= 0, name, value, "must be 0 or more")
     for name, value in {"model.dropout": m.dropout, "optim.b1": o.b1, "optim.b2": o.b2, "optim.ema_decay": o.ema_decay}.items():
         _require(0 <= value < 1, name, value, "must lie in [0, 1)")
+    _require(all(0 <= decay < 1 for decay in o.ema_decays), "optim.ema_decays", o.ema_decays, "all must lie in [0, 1)")
+    _require(all(0 < length <= 12**-0.5 for length in o.ema_lengths), "optim.ema_lengths", o.ema_lengths,
+             "all must lie in (0, 0.2886], the longest being a plain mean")  # fmt: skip
+    for name, values in {"optim.ema_decays": o.ema_decays, "optim.ema_lengths": o.ema_lengths}.items():
+        _require(len(set(values)) == len(values), name, values, "each value only once")
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
     _require(bool(m.multipliers) and min(m.multipliers) > 0, "model.multipliers", m.multipliers, "must be numbers above 0")

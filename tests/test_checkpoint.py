@@ -347,7 +347,7 @@ def test_weights_that_are_not_there(pristine, tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             load_weights(path, "ema", abstract_params)
-    with pytest.raises(InputError, match="unknown weights 'average': choose ema or raw"):
+    with pytest.raises(InputError, match="unknown weights 'average': choose ema, raw, decay:VALUE or ema:LENGTH"):
         load_weights(pristine, "average", abstract_params)
 
 

@@ -23,6 +23,7 @@ CAN_BE_NONE = {
     "optim.clip_norm",
     "train.keep_every_steps",
     "train.preview_every_steps",
+    "train.snapshot_every_steps",
     "sample.num_steps",
 }
 
@@ -57,6 +58,8 @@ VALID = {
     "optim.clip_norm": [None, 1.0],
     "optim.accumulate_steps": [1, 2, 4],
     "optim.ema_decay": [0.0, 0.9999],
+    "optim.ema_decays": [(), (0.999,), (0.0, 0.99)],
+    "optim.ema_lengths": [(), (0.05, 0.1)],
     "train.batch_size": [4, 128],
     "train.num_steps": [1, 800_000],
     "train.keep_every_steps": [None, 10],
@@ -219,11 +222,14 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "train.keep_every_steps": ([0], [1]),
     "train.preview_every_steps": ([0], [1]),
     "train.preview_images": ([0], [1]),
+    "train.snapshot_every_steps": ([0], [1]),
     "sample.num_steps": ([0, -1, 1001], [1, 1000]),
     "sample.eta": ([-0.1, 1.1], [0, 1]),
     "sample.batch_size": ([0], [1]),
     "seed": ([-1, 2**32], [0, 2**32 - 1]),
     "model.multipliers": ([(), (1, 0), (-1,)], [(1,)]),
+    "optim.ema_decays": ([(1.0,), (0.9, -0.1), (0.9, 0.9), (math.nan,)], [(), (0.0, 0.9)]),
+    "optim.ema_lengths": ([(0.0,), (0.1, 0.289), (0.1, 0.1), (math.nan,)], [(), (0.01, 0.2886)]),
 }
 
 
@@ -360,7 +366,7 @@ def test_a_list_in_a_config_file_is_a_tuple(tmp_path):
 HARMLESS = {name for name in FIELDS if name.startswith("sample.")} | {
     "data.device_megabytes", "train.num_steps", "train.steps_per_dispatch", "train.log_every_steps",
     "train.checkpoint_every_steps", "train.keep_last",
-    "train.keep_every_steps", "train.preview_every_steps", "train.preview_images",
+    "train.keep_every_steps", "train.preview_every_steps", "train.preview_images", "train.snapshot_every_steps",
 }  # fmt: skip
 
 

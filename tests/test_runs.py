@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax.checkpoint import abstract_like, read_config, restore_newest
 from ddpm_jax.models import make_unet
@@ -30,13 +31,15 @@ pytestmark = pytest.mark.heavy
 TRAIN = Path(__file__).parents[1] / "train.py"
 STEPS = 120
 EVERY = 10  # steps between checkpoints: a kill falls into the writing of one as often as not
+SNAPSHOT = 4  # steps between snapshots
 LIMIT = 300.0  # seconds that nothing here takes, even on a busy machine
 OPTIONS = {
     "data.flip": True, "diffusion.num-steps": 50, "diffusion.schedule": "linear", "model.channels": 8, "model.multipliers": 1,
     "model.num-res-blocks": 1, "model.attention-resolutions": "", "model.dropout": 0.1, "model.num-groups": 4,
     "model.space-to-depth": 1, "optim.warmup-steps": 20, "optim.decay": "constant", "train.batch-size": 4,
     "train.num-steps": STEPS, "train.log-every-steps": 1, "train.checkpoint-every-steps": EVERY, "train.keep-last": 3,
-    "train.keep-every-steps": "None", "train.preview-every-steps": "None",
+    "train.keep-every-steps": "None", "train.preview-every-steps": "None", "optim.ema-decays": 0.9,
+    "optim.ema-lengths": "0.05 0.1", "train.snapshot-every-steps": SNAPSHOT,
 }  # fmt: skip
 
 
@@ -103,11 +106,13 @@ def checkpoints(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
+def init_state_of(config):
+    return init_state(config, make_unet(config.model, 1), make_optimizer(config.optim, config.train.num_steps))
+
+
 def last_state(workdir):
     """Everything in the newest checkpoint, as bytes by name."""
-    config = read_config(workdir / "config.json")
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    shapes = jax.eval_shape(lambda: init_state(config, make_unet(config.model, 1), optimizer))
+    shapes = jax.eval_shape(lambda: init_state_of(read_config(workdir / "config.json")))
     state = restore_newest(workdir, abstract_like(shapes, replicated(make_mesh(jax.devices()[:1]))))
     leaves, _ = jax.tree.flatten_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
@@ -126,11 +131,24 @@ def metrics(workdir):
     return records
 
 
+def snapshots(workdir):
+    """Everything in the snapshots, as bytes by step and name."""
+    state = jax.eval_shape(lambda: init_state_of(read_config(workdir / "config.json")))
+    abstract = abstract_like(state.params, replicated(make_mesh(jax.devices()[:1])))
+    found = {}
+    for folder in (workdir / "snapshots").iterdir():
+        for item, tree in ocp.load_checkpointables(folder, dict.fromkeys(("ema-0.05", "ema-0.1"), abstract)).items():
+            for path, leaf in jax.tree.flatten_with_path(tree)[0]:
+                found[folder.name, item, jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
+    return found
+
+
 @dataclasses.dataclass
 class Finished:
     workdir: Path
     state: dict
     metrics: dict
+    snapshots: dict
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +157,7 @@ def run_a(train, tmp_path_factory):
     errors = finish(train(workdir, cached=False))
     assert f"trained {STEPS} steps; next: python sample.py --ckpt {workdir}" in errors
     assert checkpoints(workdir) == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
-    return Finished(workdir, last_state(workdir), metrics(workdir))
+    return Finished(workdir, last_state(workdir), metrics(workdir), snapshots(workdir))
 
 
 def assert_same_run(workdir, run_a):
@@ -148,12 +166,14 @@ def assert_same_run(workdir, run_a):
     assert state.keys() == run_a.state.keys()
     assert [name for name in state if state[name] != run_a.state[name]] == []
     assert metrics(workdir) == run_a.metrics
+    assert snapshots(workdir) == run_a.snapshots
 
 
 def test_the_reference_run_is_complete(run_a):
     assert sorted(run_a.metrics) == list(range(1, STEPS + 1))
     assert int(np.frombuffer(run_a.state[".step"], np.int32)[0]) == STEPS
     assert any(name.startswith(".opt_state") for name in run_a.state)
+    assert {step for step, _, _ in run_a.snapshots} == {str(step) for step in range(SNAPSHOT, STEPS + 1, SNAPSHOT)}
     ema, params = (b"".join(v for k, v in run_a.state.items() if k.startswith(part)) for part in (".ema", ".params"))
     assert len(ema) == len(params) > 4 * 1000
     assert ema != params
@@ -176,12 +196,13 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(train, run_a, tmp_pa
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(step) for step in checkpoints(run_a.workdir)}
 
 
-def test_a_run_killed_while_a_checkpoint_is_written(train, run_a, tmp_path):
-    """The kill comes as soon as the temporary folder of a checkpoint shows."""
+@pytest.mark.parametrize("place", ["checkpoints", "snapshots"])
+def test_a_run_killed_while_a_checkpoint_is_written(train, run_a, tmp_path, place):
+    """Or a snapshot: the kill comes as soon as its temporary folder shows."""
     workdir = tmp_path / "run"
     process = train(workdir)
     wait_for_step(process, workdir, EVERY + 5)
-    folder, deadline = workdir / "checkpoints", time.monotonic() + LIMIT
+    folder, deadline = workdir / place, time.monotonic() + LIMIT
     while not (being_written := [path.name for path in folder.iterdir() if "tmp" in path.name]):
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -34,6 +34,7 @@ from ddpm_jax.inference import draw_images, make_network
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
 from ddpm_jax.models import make_unet, num_params
 from ddpm_jax.parallel import check_batch_size, compile_at_first_call, compile_for, make_mesh, put, replicated, run_once
+from ddpm_jax.snapshots import save_snapshot, snapshot_due
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState, init_state
 from ddpm_jax.training.step import Metrics, make_train_step, make_train_steps
@@ -46,7 +47,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     """Train until train.num_steps, or go on from the newest checkpoint in workdir; return the last state.
 
     SIGTERM and Ctrl-C save a checkpoint and end the call. Everything is written below workdir: config.json,
-    metrics.jsonl, events.*, checkpoints/, samples/ and loss.png.
+    metrics.jsonl, events.*, checkpoints/, snapshots/, samples/ and loss.png.
 
     Raises:
         InputError: a config, data or run folder that can't be used.
@@ -54,6 +55,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     """
     workdir = Path(workdir)
     config = override(config, flatten(config))  # checks types and ranges of a config made in Python
+    if config.train.snapshot_every_steps is not None and not config.optim.ema_lengths:
+        raise InputError("train.snapshot_every_steps is set, but optim.ema_lengths is empty: give lengths such as 0.05 0.1")
     image_set = load_images(config.data)
     config = fit_to_data(config, image_set)
     mesh = make_mesh()
@@ -91,9 +94,13 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 recorder.take(*pending)
             pending, step = (steps, metrics), steps.stop
             last = step == total or stop.is_set()
-            if last or step % config.train.checkpoint_every_steps == 0:
+            checkpoint_due = last or step % config.train.checkpoint_every_steps == 0
+            if checkpoint_due or snapshot_due(config.train, step):
                 recorder.take(*pending)
                 pending = None
+            if snapshot_due(config.train, step):
+                save_snapshot(workdir, state, step, config)
+            if checkpoint_due:
                 save(checkpoints, state, step, config)
             if recorder.preview_due(step) and not stop.is_set():
                 recorder.preview(step, state)
@@ -110,7 +117,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
 
 def dispatches(config: TrainConfig, start: int) -> Iterator[range]:
     """The steps from start to train.num_steps in the parts that are dispatched together: nothing is due within a part."""
-    due = (config.log_every_steps, config.checkpoint_every_steps, config.preview_every_steps or config.num_steps)
+    optional = (every or config.num_steps for every in (config.preview_every_steps, config.snapshot_every_steps))
+    due = (config.log_every_steps, config.checkpoint_every_steps, *optional)
     while start < config.num_steps:
         stop = min(start + config.steps_per_dispatch, config.num_steps, *((start // every + 1) * every for every in due))
         yield range(start, stop)

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.timesteps import LossHistory, empty_history
 from ddpm_jax.models import UNet, init_params
+from ddpm_jax.training.ema import average_names
 
 
 class TrainState(NamedTuple):
@@ -25,10 +26,12 @@ class TrainState(NamedTuple):
     """State of the optimiser."""
     loss_history: LossHistory | None = None
     """The last losses of each timestep, for diffusion.timesteps = "importance"."""
+    averages: dict[str, PyTree] = {}  # noqa: RUF012, nothing changes it in place
+    """Further moving averages of the weights, float32, by the names of `average_names`."""
 
 
 def init_state(config: Config, unet: UNet, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the moving average starts as a copy of the weights."""
+    """The state before the first step; the moving averages start as copies of the weights."""
     assert config.data.image_shape is not None
     params = init_params(unet, config.seed, config.data.image_shape)
     by_loss = config.diffusion.timesteps == "importance"
@@ -38,18 +41,5 @@ def init_state(config: Config, unet: UNet, optimizer: optax.GradientTransformati
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         loss_history=empty_history(config.diffusion.num_steps) if by_loss else None,
+        averages={name: jax.tree.map(jnp.copy, params) for name in average_names(config.optim)},
     )
-
-
-def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
-    """Decay of the average's update number n = step (from 0): min(decay, (1 + n) / (10 + n)) with warm-up."""
-    limit = jnp.float32(decay)
-    if not warmup:
-        return limit
-    n = step.astype(jnp.float32)
-    return jnp.minimum(limit, (1.0 + n) / (10.0 + n))
-
-
-def ema_update(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> PyTree:
-    """decay * ema + (1 - decay) * params."""
-    return jax.tree.map(lambda average, value: average + (1.0 - decay) * (value - average), ema, params)

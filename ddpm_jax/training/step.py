@@ -15,8 +15,9 @@ from ddpm_jax.diffusion.process import NetworkFn
 from ddpm_jax.diffusion.schedule import Schedule
 from ddpm_jax.diffusion.timesteps import LossHistory, draw_by_loss, draw_timesteps, record_losses
 from ddpm_jax.models import UNet, bind
+from ddpm_jax.training.ema import ema_decay, ema_update, update_averages
 from ddpm_jax.training.optimizer import make_learning_rate
-from ddpm_jax.training.state import TrainState, ema_decay, ema_update
+from ddpm_jax.training.state import TrainState
 
 
 class Metrics(NamedTuple):
@@ -45,8 +46,9 @@ def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: o
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step, config.optim.ema_decay, config.optim.ema_warmup)
         ema = ema_update(state.ema, params, decay)
+        averages = update_averages(state.averages, params, state.step, config.optim)
         metrics = Metrics(loss, optax.tree.norm(grads), jnp.asarray(learning_rate(state.step), jnp.float32))
-        return TrainState(state.step + 1, params, ema, opt_state, history), metrics
+        return TrainState(state.step + 1, params, ema, opt_state, history, averages), metrics
 
     return train_step
 

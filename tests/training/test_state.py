@@ -1,19 +1,20 @@
-"""The state before the first step, and the moving average of the weights."""
+"""The state before the first step."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import Config, DataConfig, ModelConfig
+from ddpm_jax.config import Config, DataConfig, ModelConfig, OptimConfig
 from ddpm_jax.models import init_params, make_unet, num_params
 from ddpm_jax.parallel import make_mesh, run_once
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.state import ema_decay, ema_update, init_state
+from ddpm_jax.training.state import init_state
 
 CONFIG = Config(
     data=DataConfig(image_shape=(8, 8, 1)),
     model=ModelConfig(channels=8, multipliers=(1,), num_res_blocks=1, attention_resolutions=(), dropout=0.0, num_groups=4),
+    optim=OptimConfig(ema_decays=(0.9,), ema_lengths=(0.05, 0.1)),
 )
 
 
@@ -23,18 +24,21 @@ def state():
     return run_once(make_mesh(jax.devices()[:1]), lambda: init_state(CONFIG, unet, optimizer))
 
 
-def test_the_average_starts_as_a_copy_of_the_weights(state):
-    for value, average in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True):
-        np.testing.assert_array_equal(value, average)
-        # A copy, not a second name: the buffers are donated separately.
-        assert value.unsafe_buffer_pointer() != average.unsafe_buffer_pointer()
+def test_the_averages_start_as_copies_of_the_weights(state):
+    assert list(state.averages) == ["decay:0.9", "ema:0.05", "ema:0.1"]
+    trees = [state.params, state.ema, *state.averages.values()]
+    for value, *averages in zip(*map(jax.tree.leaves, trees), strict=True):
+        for average in averages:
+            np.testing.assert_array_equal(value, average)
+        # Copies, not further names: the buffers are donated separately.
+        assert len({leaf.unsafe_buffer_pointer() for leaf in (value, *averages)}) == len(trees)
 
 
 def test_a_new_state_is_at_step_zero_with_empty_moments(state):
     assert state.step.dtype == jnp.int32
     assert int(state.step) == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.ema)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.ema, state.averages)))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state.params))
 
 
@@ -76,29 +80,3 @@ def test_num_params_of_a_network_counted_by_hand(state):
     expected += block(8, 8) + 2 * block(8, 8) + attention + 2 * block(16, 8)  # down; middle; up, with skips
     expected += norm(8) + conv(8, 1)
     assert num_params(state.params) == expected
-
-
-@pytest.mark.parametrize("warmup", [False, True])
-@pytest.mark.parametrize("limit", [0.0, 0.5, 0.9999])
-def test_decay_of_update_n(limit, warmup):
-    for n in [0, 1, 7, 8, 9, 1000, 100_000, 800_000]:
-        expected = min(limit, (1 + n) / (10 + n)) if warmup else limit
-        np.testing.assert_allclose(float(ema_decay(jnp.int32(n), limit, warmup)), expected, rtol=1e-6)
-
-
-def test_average_of_any_sequence_is_the_weighted_sum():
-    """Unrolled: (1 - d) sum d^(n - i) x_i + d^n x_0, which no recurrence enters."""
-    values, decay = np.random.default_rng(0).standard_normal((40, 3)), 0.8
-    average = {"w": jnp.asarray(values[0], jnp.float32)}
-    for value in values[1:]:
-        average = ema_update(average, {"w": jnp.asarray(value, jnp.float32)}, jnp.float32(decay))
-    weights = (1 - decay) * decay ** np.arange(38, -1, -1)
-    expected = decay**39 * values[0] + weights @ values[1:]
-    np.testing.assert_allclose(average["w"], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_an_average_close_to_its_weights_stays_there():
-    """With decay 0.9999 the pull of one update is 1e-4 of the gap; in the form chosen it doesn't drift when there is none."""
-    value = {"w": jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32)}
-    average = ema_update(value, value, jnp.float32(0.9999))
-    np.testing.assert_array_equal(average["w"], value["w"])
