@@ -49,6 +49,12 @@ class Arguments:
     """Which timesteps are visited."""
     label: int | None = None
     """Class of all images; None: image i shows class i mod the number of classes."""
+    guidance: float | None = None
+    """How strongly images follow their class: 1 as learnt, above 1 more strongly, 0 not at all."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma between which guidance acts, low and high."""
+    guidance_rescale: float | None = None
+    """How far guided outputs are brought back to the standard deviation of unguided ones, 0 to 1."""
     batch_size: int | None = None
     """Images drawn at once."""
 
@@ -64,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
     run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
     out = args.out or run_folder / "samples.png"
     kind = check_output(out, model.image_shape[-1])
-    settings = {name: getattr(args, name) for name in ("sampler", "num_steps", "eta", "spacing", "batch_size")}
+    names = ("sampler", "num_steps", "eta", "spacing", "guidance", "guidance_interval", "guidance_rescale", "batch_size")
+    settings = {name: getattr(args, name) for name in names}
     frames = GIF_FRAMES if kind == ".gif" else 0
     with sample_progress(args.num_images) as on_batch:
         images = model.sample(args.num_images, args.seed, labels=args.label, num_frames=frames, on_batch=on_batch, **settings)

@@ -53,7 +53,8 @@ def validate(config: "Config") -> None:
     for name, value in {"optim.warmup_steps": o.warmup_steps, "optim.weight_decay": o.weight_decay, "seed": config.seed,
                         "data.device_megabytes": config.data.device_megabytes}.items():  # fmt: skip
         _require(value >= 0, name, value, "must be 0 or more")
-    for name, value in {"model.dropout": m.dropout, "optim.b1": o.b1, "optim.b2": o.b2, "optim.ema_decay": o.ema_decay}.items():
+    for name, value in {"model.dropout": m.dropout, "optim.b1": o.b1, "optim.b2": o.b2, "optim.ema_decay": o.ema_decay,
+                        "diffusion.label_dropout": d.label_dropout}.items():  # fmt: skip
         _require(0 <= value < 1, name, value, "must lie in [0, 1)")
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
@@ -67,6 +68,7 @@ def validate(config: "Config") -> None:
     for name, value in {"diffusion.beta_start": d.beta_start, "diffusion.beta_end": d.beta_end}.items():
         _require(0 < value < 1, name, value, "must lie in (0, 1)")
     config_schedule(config)
+    _validate_guidance(config)
     try:
         find_sampler(s.sampler)
     except ValueError as error:
@@ -75,6 +77,19 @@ def validate(config: "Config") -> None:
         spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing)
     except ValueError as error:
         raise InputError(f"sample.num_steps: {error}") from error
+
+
+def _validate_guidance(config: "Config") -> None:
+    s = config.sample
+    _require(math.isfinite(s.guidance) and s.guidance >= 0, "sample.guidance", s.guidance, "must be 0 or more, and finite")
+    _require(0 <= s.guidance_rescale <= 1, "sample.guidance_rescale", s.guidance_rescale, "must lie in [0, 1]")
+    low, high = s.guidance_interval or (0.0, math.inf)
+    _require(0 <= low < high, "sample.guidance_interval", s.guidance_interval, "needs 0 <= low < high")
+    if s.guidance != 1:
+        without = "must be 1, since the network was trained without classes (model.num_classes)"
+        _require(config.model.num_classes is not None, "sample.guidance", s.guidance, without)
+        no_null = "must be 1, since the network was trained with no class left open (diffusion.label_dropout)"
+        _require(config.diffusion.label_dropout > 0, "sample.guidance", s.guidance, no_null)
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:

@@ -25,6 +25,8 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, "*K"]
 
 
+LABELS = 2**32 - 1  # folded into a step's key for its label dropout, so that its other keys don't depend on there being any
+
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 TrainSteps = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics]]
 
@@ -81,10 +83,14 @@ def make_loss_and_grad(
             x0 = random_flip(flip_key, x0)
         t = draw_timesteps(t_key, x0.shape[0], schedule.num_steps, config.diffusion.timesteps)
         eps = jax.random.normal(eps_key, x0.shape)
+        labels = batch.labels
+        if labels is not None and config.model.num_classes is not None and config.diffusion.label_dropout:
+            key = jax.random.fold_in(key, LABELS)
+            labels = drop_labels(key, jnp.asarray(labels), config.diffusion.label_dropout, config.model.num_classes)
         grad_fn = jax.value_and_grad(loss_fn)
         if parts == 1:
-            return grad_fn(params, dropout_key, x0, batch.labels, t, eps)
-        pieces = jax.tree.map(lambda x: _split(x, parts), (x0, batch.labels, t, eps))
+            return grad_fn(params, dropout_key, x0, labels, t, eps)
+        pieces = jax.tree.map(lambda x: _split(x, parts), (x0, labels, t, eps))
         keys = jax.random.split(dropout_key, parts)
 
         def add(total: PyTree, piece: PyTree) -> tuple[PyTree, None]:
@@ -107,6 +113,11 @@ def random_flip(key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Float[A
     """Each image mirrored left to right with probability 1/2."""
     mirrored = jax.random.bernoulli(key, 0.5, images.shape[:1])[:, None, None, None]
     return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def drop_labels(key: Key[Array, ""], labels: Int[Array, " B"], rate: float, num_classes: int) -> Int[Array, " B"]:
+    """Each label replaced by num_classes, the open class, with probability `rate`: Algorithm 1 of Ho & Salimans (2022)."""
+    return jnp.where(jax.random.bernoulli(key, rate, labels.shape), num_classes, labels)
 
 
 def _split(x: Shaped[Array, "B *rest"], parts: int) -> Shaped[Array, "P N *rest"]:
