@@ -135,7 +135,12 @@ class Model:
     def network_fn(
         self, xt: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"]:
-        """The raw network: eps, x0 or v, as config.diffusion.prediction says, for noisy images in the model's range."""
+        """The raw network: eps, x0 or v, as config.diffusion.prediction says, for noisy images in the model's range.
+
+        Labels are those of `UNet`. It may take part in a compiled program, and be differentiated.
+        """
+        if isinstance(xt, jax.core.Tracer):  # compiler options are for the outermost program alone
+            return bind(make_network(self.config), self.params, labels)(xt, t)
         return self._apply(self.params, xt, t, labels)
 
     @property

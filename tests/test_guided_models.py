@@ -102,3 +102,19 @@ def test_networks_that_cannot_be_guided(model, scale):
     ):
         other = dataclasses.replace(model, config=dataclasses.replace(CONFIG, **change))
         one_line_error(lambda other=other: other.sample(1, guidance=scale), fragments=[f"sample.guidance = {scale}", field])
+
+
+def test_a_models_network_takes_part_in_compiled_and_differentiated_programs(model):
+    """model.network_fn with classifier_guided and sample: d/dx of -c |x|^2 / 2 is -c x, so eps grows by c s x."""
+    xt, t = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8, 8, 1)), jnp.float32), jnp.asarray([0, 10, 30, 49])
+    np.testing.assert_allclose(jax.jit(model.network_fn)(xt, t), model.network_fn(xt, t), rtol=1e-4, atol=1e-5)  # two programs
+
+    def log_prob(xt, t):
+        return -0.05 * jnp.sum(jnp.square(xt), axis=(1, 2, 3))
+
+    guided = ddpm.classifier_guided(model.schedule, model.network_fn, log_prob, scale=3.0, prediction="v")
+    a2 = np.cumprod(1 - np.linspace(20e-4, 0.4, 50))[np.asarray(t)].reshape(4, 1, 1, 1)
+    expected = np.asarray(model.network_fn(xt, t)) + 3.0 * 0.1 * np.sqrt(1 / a2 - 1) * np.asarray(xt)
+    np.testing.assert_allclose(guided(xt, t), expected, rtol=1e-4, atol=1e-5)
+    x = ddpm.sample(jax.random.key(0), model.schedule, ddpm.make_denoiser(model.schedule, guided, "v"), (2, 8, 8, 1), "ddim", 3)
+    assert np.isfinite(x).all()
