@@ -80,6 +80,15 @@ def test_interval_and_rescale_reach_the_sampler(model):
         assert grey_levels_apart(drawn, plain) > 10
 
 
+def test_guided_images_do_not_depend_on_devices_and_batches(model):
+    mesh = make_mesh()
+    on_eight = dataclasses.replace(model, mesh=mesh, params=put(jax.device_get(model.params), replicated(mesh)))
+    options = {"guidance": 3.0, "guidance_interval": (0.5, 10.0), "guidance_rescale": 0.6}
+    drawn = model.sample(10, **options)
+    assert grey_levels_apart(on_eight.sample(10, **options), drawn) <= 1
+    assert grey_levels_apart(model.sample(10, batch_size=3, **options), drawn) <= 1
+
+
 def test_without_a_class_labels_make_no_difference(model):
     np.testing.assert_array_equal(model.sample(8, guidance=0.0), model.sample(8, guidance=0.0, labels=2))
 
