@@ -110,7 +110,9 @@ def classifier_guided(
     Raises:
         ValueError: an unknown prediction.
     """
-    a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+    # Where nothing is left of x0 (a = 0, zero terminal SNR) xt tells nothing of the class, and the network stays as it is.
+    a = jnp.where(schedule.sqrt_alpha_bar > 0, schedule.sqrt_alpha_bar, jnp.inf)
+    s = schedule.sqrt_one_minus_alpha_bar
     if prediction == "eps":
         weight = -s
     elif prediction == "x0":

@@ -264,6 +264,15 @@ def test_a_classifier_counts_by_its_gradient(schedule, xt):
     assert_close(jax.vmap(classifier_guided(schedule, mixture_eps, log_class))(xt, t), plain)
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_a_classifier_has_no_say_where_there_is_no_signal(schedule, xt, prediction):
+    """With a = 0, zero terminal SNR, p(y | xt) doesn't depend on xt; a classifier that thinks so is not listened to."""
+    blind = schedule._replace(sqrt_alpha_bar=schedule.sqrt_alpha_bar.at[-1].set(0.0))
+    guided = classifier_guided(blind, lambda xt, t: 2.0 * xt, log_class, 3.0, prediction)(xt, jnp.asarray(TIMES))
+    np.testing.assert_array_equal(guided[-1], 2.0 * xt[-1])  # TIMES ends in T - 1
+    assert not np.allclose(guided[:-1], 2.0 * xt[:-1], atol=0.01)
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_guided_mixture_draws_the_class(schedule, label):
     """ddpm with the network of both classes and the classifier: the law that the class's own network would give, exactly."""
