@@ -7,6 +7,7 @@
 Image i shows class i mod 10, so that a grid of 100 has a column for each class: t-shirt, trouser, pullover, dress, coat,
 sandal, shirt, sneaker, bag, ankle boot. --guidance 0 leaves the class open.
 Hardware: two CPU cores, five minutes, as for the default.
+Result: 93 % of 1000 images are of the class asked for, by a small classifier (docs/guidance.md); 80 % with --guidance 1.
 """
 
 from ddpm_jax import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
