@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_jax import cli
+from ddpm_jax.config import Threshold
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
 from ddpm_jax.errors import InputError
@@ -48,10 +49,16 @@ class Arguments:
     """Noise of ddim, 0 to 1."""
     spacing: Spacing | None = None
     """Which timesteps are visited."""
-    threshold: Literal["static", "dynamic", "none"] | None = None
+    threshold: Threshold | None = None
     """What is done with an x0 outside [-1, 1]."""
     label: int | None = None
     """Class of all images; None: image i shows class i mod the number of classes."""
+    guidance: float | None = None
+    """How strongly images follow their class: 1 as learnt, above 1 more strongly, 0 not at all."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma between which guidance acts, low and high."""
+    guidance_rescale: float | None = None
+    """How far guided outputs are brought back to the standard deviation of unguided ones, 0 to 1."""
     batch_size: int | None = None
     """Images drawn at once."""
 
@@ -69,7 +76,11 @@ def main(argv: Sequence[str]) -> None:
     run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
     out = args.out or run_folder / "samples.png"
     kind = check_output(out, model.image_shape[-1])
-    settings = {name: getattr(args, name) for name in ("sampler", "num_steps", "eta", "spacing", "threshold", "batch_size")}
+    names = (
+        "sampler", "num_steps", "eta", "spacing", "threshold", "guidance", "guidance_interval", "guidance_rescale",
+        "batch_size",
+    )  # fmt: skip
+    settings = {name: getattr(args, name) for name in names}
     frames = GIF_FRAMES if kind == ".gif" else 0
     with sample_progress(args.num_images) as on_batch:
         images = model.sample(args.num_images, args.seed, labels=args.label, num_frames=frames, on_batch=on_batch, **settings)

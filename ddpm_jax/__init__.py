@@ -10,6 +10,7 @@ from ddpm_jax.config import (
     TrainConfig,
     load_config,
 )
+from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided
 from ddpm_jax.diffusion.process import (
     Denoised,
     make_denoiser,
@@ -43,6 +44,8 @@ __all__ = [
     "Schedule",
     "TrainConfig",
     "UNet",
+    "classifier_free",
+    "classifier_guided",
     "load",
     "load_config",
     "make_denoiser",

@@ -55,9 +55,12 @@ class DiffusionConfig:
     """Limit of the weight min_snr."""
     timesteps: Literal["uniform", "stratified", "importance"] = "uniform"
     """How training draws t: independently, one from each of B equal parts of 0 ... T-1, or large losses more often."""
+    label_dropout: float = 0.1
+    """Share of training images whose class is left open, so that the network can be guided; of no effect without classes."""
 
 
 ModelStyle = Literal["ddpm", "improved"]
+Threshold = Literal["static", "dynamic", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +168,15 @@ class SampleConfig:
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
     spacing: Spacing = "uniform"
     """Which timesteps are visited."""
-    threshold: Literal["static", "dynamic", "none"] = "static"
+    threshold: Threshold = "static"
     """What is done with an x0 outside [-1, 1]: clipped, clipped at a high quantile of the image and scaled, or nothing."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance: 1 is the class as learnt, above 1 more strongly so, 0 no class. Other than 1 it costs
+    a second evaluation of the network in each step."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guidance acts where low < sigma <= high, sigma^2 = (1 - ab) / ab; None: at every noise level."""
+    guidance_rescale: float = 0.0
+    """How far guided outputs are brought back to the standard deviation of unguided ones, 0 to 1."""
     batch_size: int = 64
     """Images drawn at once; has no influence on the images."""
 
@@ -254,7 +264,9 @@ def from_json(values: Any) -> Config:
     """The inverse of to_json; fields that are absent have their defaults, so that older runs stay readable."""
     if not isinstance(values, dict):
         raise InputError("a stored config must be a JSON object of dotted names")
-    return override(Config(), values)
+    # Runs with classes that are older than label dropout were trained without it.
+    older = {"diffusion.label_dropout": 0.0} if values.get("model.num_classes") is not None else {}
+    return override(Config(), older | values)
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from ddpm_jax.checkpoint import abstract_like, load_weights
-from ddpm_jax.config import Config, override
-from ddpm_jax.diffusion.process import Clip, make_denoiser
+from ddpm_jax.config import Config, Threshold, override
+from ddpm_jax.diffusion.guidance import classifier_free
+from ddpm_jax.diffusion.process import Clip, NetworkFn, make_denoiser
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
@@ -51,7 +52,8 @@ def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
     unet, schedule, settings = make_network(config), config_schedule(config), config.sample
 
     def draw(params: PyTree, keys: Key[Array, " B"], labels: Int[Array, " B"] | None) -> UInt8[Array, "... H W C"]:
-        denoiser = make_denoiser(schedule, bind(unet, params, labels), config.diffusion.prediction, CLIP[settings.threshold])
+        network_fn = guided_network(config, schedule, unet, params, labels)
+        denoiser = make_denoiser(schedule, network_fn, config.diffusion.prediction, CLIP[settings.threshold])
         images = sample(
             keys, schedule, denoiser, (keys.shape[0], *shape), settings.sampler, settings.num_steps, settings.eta,
             settings.spacing, trajectory=num_frames, variance=config.diffusion.variance,
@@ -59,6 +61,16 @@ def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
         return to_uint8(images)
 
     return compile_for(mesh, draw)
+
+
+def guided_network(
+    config: Config, schedule: Schedule, unet: UNet, params: PyTree, labels: Int[Array, " B"] | None
+) -> NetworkFn:
+    """The network with its weights, labels and the guidance of config.sample as a function (xt, t) -> output."""
+    s, conditional = config.sample, bind(unet, params, labels)
+    if unet.num_classes is None:
+        return conditional
+    return classifier_free(schedule, conditional, bind(unet, params), s.guidance, s.guidance_interval, s.guidance_rescale)
 
 
 def draw_images(
@@ -125,7 +137,12 @@ class Model:
     def network_fn(
         self, xt: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
     ) -> Float[Array, "B H W C"]:
-        """The raw network: eps, x0 or v, as config.diffusion.prediction says, for noisy images in the model's range."""
+        """The raw network: eps, x0 or v, as config.diffusion.prediction says, for noisy images in the model's range.
+
+        Labels are those of `UNet`. It may take part in a compiled program, and be differentiated.
+        """
+        if isinstance(xt, jax.core.Tracer):  # compiler options are for the outermost program alone
+            return bind(make_network(self.config), self.params, labels)(xt, t)
         return self._apply(self.params, xt, t, labels)
 
     @property
@@ -146,8 +163,11 @@ class Model:
         num_steps: int | None = None,
         eta: float | None = None,
         spacing: Spacing | None = None,
-        threshold: Literal["static", "dynamic", "none"] | None = None,
+        threshold: Threshold | None = None,
         labels: int | Int[np.ndarray, " N"] | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
         batch_size: int | None = None,
         num_frames: int = 0,
         on_batch: Callable[[int], None] = lambda count: None,
@@ -164,14 +184,21 @@ class Model:
             threshold: what is done with an x0 outside [-1, 1].
             batch_size: images drawn at once; has no influence on them.
             labels: one class for all images or one for each; image i shows class i mod num_classes where not given.
+            guidance: how strongly images follow their class, see `ddpm_jax.classifier_free`: 1 as learnt, 0 not at all. This
+                and the next two are those of config.sample where not given.
+            guidance_interval: noise levels sigma at which guidance acts, (low, high].
+            guidance_rescale: how far guided outputs are brought back to the deviation of unguided ones, 0 ... 1.
             num_frames: 0, or how many frames [F, N, H, W, C] to return of the way from noise to images, 2 or more.
             on_batch: called with the number of images done after each batch.
 
         Raises:
             InputError: a setting out of range, or labels that the network doesn't know.
         """
-        given = {"sampler": sampler, "num_steps": num_steps, "eta": eta, "spacing": spacing, "threshold": threshold,
-                 "batch_size": batch_size}  # fmt: skip
+        given = {
+            "sampler": sampler, "num_steps": num_steps, "eta": eta, "spacing": spacing, "threshold": threshold,
+            "batch_size": batch_size,
+            "guidance": guidance, "guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale,
+        }  # fmt: skip
         config = override(self.config, {f"sample.{name}": value for name, value in given.items() if value is not None})
         if num_images < 1:
             raise InputError(f"num_images = {num_images}: must be 1 or more")

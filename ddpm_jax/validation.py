@@ -57,7 +57,8 @@ def validate(config: "Config") -> None:
     for name, value in {"optim.warmup_steps": o.warmup_steps, "optim.weight_decay": o.weight_decay, "seed": config.seed,
                         "data.device_megabytes": config.data.device_megabytes}.items():  # fmt: skip
         _require(value >= 0, name, value, "must be 0 or more")
-    for name, value in {"model.dropout": m.dropout, "optim.b1": o.b1, "optim.b2": o.b2, "optim.ema_decay": o.ema_decay}.items():
+    for name, value in {"model.dropout": m.dropout, "optim.b1": o.b1, "optim.b2": o.b2, "optim.ema_decay": o.ema_decay,
+                        "diffusion.label_dropout": d.label_dropout}.items():  # fmt: skip
         _require(0 <= value < 1, name, value, "must lie in [0, 1)")
     _require(all(0 <= decay < 1 for decay in o.ema_decays), "optim.ema_decays", o.ema_decays, "all must lie in [0, 1)")
     _require(all(0 < length <= 12**-0.5 for length in o.ema_lengths), "optim.ema_lengths", o.ema_lengths,
@@ -79,6 +80,7 @@ def validate(config: "Config") -> None:
         _require(0 < value < 1, name, value, "must lie in (0, 1)")
     _check_objective(d)
     config_schedule(config)
+    _validate_guidance(config)
     try:
         find_sampler(s.sampler)
     except ValueError as error:
@@ -104,6 +106,19 @@ def _check_objective(d: "DiffusionConfig") -> None:
                  "tells nothing of x0 where diffusion.zero_terminal_snr leaves nothing but noise: use v or x0")  # fmt: skip
         _require(d.loss_weight != "min_snr", "diffusion.loss_weight", d.loss_weight,
                  "gives no weight to the step that diffusion.zero_terminal_snr leaves without signal: use another")  # fmt: skip
+
+
+def _validate_guidance(config: "Config") -> None:
+    s = config.sample
+    _require(math.isfinite(s.guidance) and s.guidance >= 0, "sample.guidance", s.guidance, "must be 0 or more, and finite")
+    _require(0 <= s.guidance_rescale <= 1, "sample.guidance_rescale", s.guidance_rescale, "must lie in [0, 1]")
+    low, high = s.guidance_interval or (0.0, math.inf)
+    _require(0 <= low < high, "sample.guidance_interval", s.guidance_interval, "needs 0 <= low < high")
+    if s.guidance != 1:
+        without = "must be 1, since the network was trained without classes (model.num_classes)"
+        _require(config.model.num_classes is not None, "sample.guidance", s.guidance, without)
+        no_null = "must be 1, since the network was trained with no class left open (diffusion.label_dropout)"
+        _require(config.diffusion.label_dropout > 0, "sample.guidance", s.guidance, no_null)
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:

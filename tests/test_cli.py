@@ -368,6 +368,10 @@ def test_bad_input_of_sample_before_there_is_a_model(tmp_path, monkeypatch, argv
         ("--seed -1", ["seed = -1"]),
         ("--seed 4294967296", ["seed = 4294967296"]),
         ("--label 3", ["label", "without classes"]),
+        ("--guidance 2", ["guidance = 2.0", "without classes"]),
+        ("--guidance 0", ["guidance = 0.0", "without classes"]),
+        ("--guidance-interval 2 1", ["guidance_interval", "low < high"]),
+        ("--guidance-rescale 2", ["guidance_rescale = 2.0"]),
         ("--num-images 0", ["num_images = 0"]),
         ("--num-images -2", ["num_images = -2"]),
         ("--num-steps 0", ["num_steps", " 0 "]),
@@ -587,11 +591,15 @@ def test_options_reach_the_sampler(run, model, tmp_path, caplog, monkeypatch):
         return np.zeros((num_images, 28, 28, 1), np.uint8)
 
     monkeypatch.setattr(type(model), "sample", draw_nothing)
-    argv = "--sampler ddpm --num-steps 3 --eta 0.5 --spacing trailing --batch-size 2 --weights raw --seed 5 --label 1"
-    line = draw(run, caplog, tmp_path / "a.npz", *argv.split(), "--threshold", "dynamic")
+    argv = (
+        "--sampler ddpm --num-steps 3 --eta 0.5 --spacing trailing --batch-size 2 --weights raw --seed 5 --label 1"
+        " --guidance 3 --guidance-interval 0.25 4 --guidance-rescale 0.7 --threshold dynamic"
+    )
+    line = draw(run, caplog, tmp_path / "a.npz", *argv.split())
     assert all(part in line for part in ("ddpm", "3 steps", "raw", "step 4", "seed 5"))
     given = {"num_images": NUM_IMAGES, "seed": 5, "sampler": "ddpm", "num_steps": 3, "eta": 0.5, "spacing": "trailing",
-             "threshold": "dynamic", "batch_size": 2, "labels": 1}  # fmt: skip
+             "batch_size": 2, "labels": 1, "guidance": 3.0, "guidance_interval": (0.25, 4.0),
+             "guidance_rescale": 0.7, "threshold": "dynamic"}  # fmt: skip
     assert {name: calls[0][name] for name in given} == given
     assert len(calls) == 1
 

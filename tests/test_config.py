@@ -25,6 +25,7 @@ CAN_BE_NONE = {
     "train.preview_every_steps",
     "train.snapshot_every_steps",
     "sample.num_steps",
+    "sample.guidance_interval",
 }
 
 # Any choice of one value for each name is a valid config.
@@ -42,6 +43,7 @@ VALID = {
     "diffusion.timesteps": ["uniform", "stratified", "importance"],
     "diffusion.loss_weight": ["constant", "min_snr", "truncated_snr"],
     "diffusion.min_snr_gamma": [0.5, 5.0],
+    "diffusion.label_dropout": [0.0, 0.1],
     "model.channels": [4, 128],
     "model.multipliers": [(1,), (1, 2, 2, 2)],
     "model.attention_resolutions": [(), (16,), (7, 14)],
@@ -68,6 +70,8 @@ VALID = {
     "sample.eta": [0.0, 0.5, 1.0],
     "sample.spacing": ["uniform", "trailing", "quadratic"],
     "sample.threshold": ["static", "dynamic", "none"],
+    "sample.guidance_interval": [None, (0.0, 0.5), (0.28, 2.9)],
+    "sample.guidance_rescale": [0.0, 0.7, 1.0],
     "seed": [0, 2**32 - 1],
 }
 overrides = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALID.items()})
@@ -157,7 +161,9 @@ def wrong_values(name, hint):
     elif "tuple" in text:
         yield from (3, "16", [1.5], ["1"], [True], [None], [[1]], {1, 2})
         if "..." not in text:
-            yield from ([], [28, 28], [28, 28, 1, 1])
+            yield from ([], [28], [28, 28, 1, 1])
+        if "float" in text:
+            yield from ([0.5, "1"], [True, 2.0], [0.5, None])
     elif "bool" in text:
         yield from (0, 1, "true", [True], 1.0)
     elif "int" in text:
@@ -197,6 +203,7 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "data.device_megabytes": ([-1], [0]),
     "diffusion.num_steps": ([0, -3], [1000]),
     "diffusion.min_snr_gamma": ([0, -5], [1e-3]),
+    "diffusion.label_dropout": ([-0.1, 1], [0, 0.5]),
     "model.channels": ([3, 0], [4]),
     "model.num_res_blocks": ([0], [1]),
     "model.dropout": ([-1e-9, 1, 1.5], [0]),
@@ -226,6 +233,9 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "sample.num_steps": ([0, -1, 1001], [1, 1000]),
     "sample.eta": ([-0.1, 1.1], [0, 1]),
     "sample.batch_size": ([0], [1]),
+    "sample.guidance": ([-1, math.inf], [1]),
+    "sample.guidance_interval": ([(0.5, 0.5), (-1, 1), (2, 1)], [None, (0, math.inf)]),
+    "sample.guidance_rescale": ([-0.1, 1.1], [0, 1]),
     "seed": ([-1, 2**32], [0, 2**32 - 1]),
     "model.multipliers": ([(), (1, 0), (-1,)], [(1,)]),
     "optim.ema_decays": ([(1.0,), (0.9, -0.1), (0.9, 0.9), (math.nan,)], [(), (0.0, 0.9)]),
@@ -301,6 +311,23 @@ def test_objectives_that_go_together(values):
     values = {f"diffusion.{name}": value for name, value in values.items()} | {"sample.num_steps": None}
     config = override(Config(), values)
     assert bool(config_schedule(config).alpha_bar[-1] == 0) == config.diffusion.zero_terminal_snr
+
+
+def test_guidance_needs_classes_and_label_dropout():
+    one_line_error(override, Config(), {"sample.guidance": 3}, fragments=["sample.guidance = 3.0", "model.num_classes"])
+    values = {"model.num_classes": 10, "sample.guidance": 0}
+    assert override(Config(), values).sample.guidance == 0
+    values["diffusion.label_dropout"] = 0.0
+    one_line_error(override, Config(), values, fragments=["sample.guidance = 0.0", "diffusion.label_dropout"])
+    override(Config(), values | {"sample.guidance": 1})
+
+
+def test_stored_runs_that_are_older_than_label_dropout():
+    """With classes they were trained without it, and without classes it makes no difference."""
+    for num_classes, rate in ((None, 0.1), (10, 0.0)):
+        values = to_json(override(Config(), {"model.num_classes": num_classes}))
+        del values["diffusion.label_dropout"]
+        assert from_json(values).diffusion.label_dropout == rate
 
 
 def test_every_number_has_a_lower_bound():

@@ -30,6 +30,9 @@ class Metrics(NamedTuple):
 
 LossFn = Callable[[NetworkFn, Float[Array, "B H W C"], Int[Array, " B"], Float[Array, "B H W C"]], Float[Array, " B"]]
 LossAndGrad = Callable[..., tuple[Float[Array, ""], PyTree, LossHistory | None]]
+
+LABELS = 2**32 - 1  # folded into a step's key for its label dropout, so that its other keys don't depend on there being any
+
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 TrainSteps = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics]]
 
@@ -97,11 +100,15 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet) -> LossAn
         else:
             t, share = draw_timesteps(t_key, x0.shape[0], schedule.num_steps, config.diffusion.timesteps), None
         eps = jax.random.normal(eps_key, x0.shape)
+        labels = batch.labels
+        if labels is not None and config.model.num_classes is not None and config.diffusion.label_dropout:
+            key = jax.random.fold_in(key, LABELS)
+            labels = drop_labels(key, jnp.asarray(labels), config.diffusion.label_dropout, config.model.num_classes)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if parts == 1:
-            (loss, losses), grads = grad_fn(params, dropout_key, x0, batch.labels, t, eps, share)
+            (loss, losses), grads = grad_fn(params, dropout_key, x0, labels, t, eps, share)
             return loss, grads, None if history is None else record_losses(history, t, losses)
-        pieces = jax.tree.map(lambda x: _split(x, parts), (x0, batch.labels, t, eps, share))
+        pieces = jax.tree.map(lambda x: _split(x, parts), (x0, labels, t, eps, share))
         keys = jax.random.split(dropout_key, parts)
 
         def add(total: PyTree, piece: PyTree) -> tuple[PyTree, Array]:
@@ -136,6 +143,11 @@ def random_flip(key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Float[A
     """Each image mirrored left to right with probability 1/2."""
     mirrored = jax.random.bernoulli(key, 0.5, images.shape[:1])[:, None, None, None]
     return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def drop_labels(key: Key[Array, ""], labels: Int[Array, " B"], rate: float, num_classes: int) -> Int[Array, " B"]:
+    """Each label replaced by num_classes, the open class, with probability `rate`: Algorithm 1 of Ho & Salimans (2022)."""
+    return jnp.where(jax.random.bernoulli(key, rate, labels.shape), num_classes, labels)
 
 
 def _split(x: Shaped[Array, "B *rest"], parts: int) -> Shaped[Array, "P N *rest"]:

@@ -26,7 +26,7 @@ class PixelNet(UNet):
     def __call__(self, xt, t, labels=None, train=False):
         h = nn.Dense(16)(xt) + nn.Dense(16)(t[:, None].astype(jnp.float32) / 25 - 1)[:, None, None]
         if self.num_classes is not None:
-            classes = nn.Embed(self.num_classes, 16)(jnp.zeros_like(t) if labels is None else labels)
+            classes = nn.Embed(self.num_classes + 1, 16)(jnp.zeros_like(t) if labels is None else labels)
             h = h if labels is None else h + classes[:, None, None]
         h = nn.Dropout(self.dropout)(nn.tanh(h), deterministic=not train)
         return nn.Dense(self.out_channels)(h)
