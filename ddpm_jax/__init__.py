@@ -10,6 +10,7 @@ from ddpm_jax.config import (
     TrainConfig,
     load_config,
 )
+from ddpm_jax.diffusion.likelihood import VariationalBound, bits_per_dim, ode_bits_per_dim, ode_log_likelihood
 from ddpm_jax.diffusion.process import (
     Denoised,
     make_denoiser,
@@ -43,10 +44,14 @@ __all__ = [
     "Schedule",
     "TrainConfig",
     "UNet",
+    "VariationalBound",
+    "bits_per_dim",
     "load",
     "load_config",
     "make_denoiser",
     "make_schedule",
+    "ode_bits_per_dim",
+    "ode_log_likelihood",
     "p_sample",
     "predict_eps",
     "predict_v",
