@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
             raise InputError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
     if args.num_images is not None and args.num_images < 1:
         raise InputError(f"num_images = {args.num_images}: must be 1 or more")
+    if args.out is not None and args.out.is_dir():
+        raise InputError(f"--out {args.out} is a folder: give the name of a file in it")
     model = load(args.ckpt, args.weights)
     step_folder = args.ckpt.absolute()
     run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt

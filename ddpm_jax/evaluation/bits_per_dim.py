@@ -76,7 +76,8 @@ def evaluate_bits_per_dim(
         scoring: what is computed.
         first_image: where to begin.
         num_images: how many; None: up to the last one.
-        batch_size: images scored at once, those of config.sample if not given; changes nothing beyond rounding.
+        batch_size: images scored at once, rounded up to fill the devices; config.sample's if not given. It changes the
+            numbers by rounding alone.
 
     Returns:
         {"bits_per_dim", "standard_error"} and, of the variational bound, {"L_T", "L_0", "L_t": [L_1, ..., L_{T-1}]}, the means
@@ -88,6 +89,7 @@ def evaluate_bits_per_dim(
     last = len(image_set.images) if num_images is None else first_image + num_images
     batch_size = model.config.sample.batch_size if batch_size is None else batch_size
     _check(model, image_set, scoring, first_image, last, batch_size)
+    batch_size = round_up(batch_size, model.mesh)
     if model.config.model.num_classes is None:
         image_set = dataclasses.replace(image_set, labels=None)
     key = _key(model, scoring)
@@ -101,7 +103,7 @@ def evaluate_bits_per_dim(
             if file.tell() and not path.read_bytes().endswith(b"\n"):  # the last line of a killed run
                 file.write("\n")
             done = 0
-            for record in _score(model, image_set, scoring, todo, round_up(batch_size, model.mesh)):
+            for record in _score(model, image_set, scoring, todo, batch_size):
                 file.write(json.dumps({"key": key} | record) + "\n")
                 file.flush()
                 stored[record["start"]] = record
