@@ -229,6 +229,24 @@ def test_an_unconditional_model_needs_no_labels(params, scored, tmp_path, monkey
     assert len(scored) == 4
 
 
+@pytest.mark.parametrize("scoring", SCORINGS, ids=lambda scoring: scoring.metric)
+def test_a_network_that_tells_its_variance(scoring, tmp_path, monkeypatch):
+    """Its second half of channels counts in the bound's variance, and nowhere in the ODE."""
+    network = PixelNet(out_channels=2, num_classes=3)
+    monkeypatch.setattr(evaluation, "make_network", lambda config: network)
+    diffusion = dataclasses.replace(CONFIG.diffusion, variance="learned_range")
+    config = dataclasses.replace(CONFIG, diffusion=diffusion)
+    first = jnp.zeros(1, jnp.int32)
+    params = network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), first, first)["params"]
+    wider = jax.tree.map(lambda x: x, params)
+    wider["Dense_2"]["bias"] = wider["Dense_2"]["bias"].at[1].add(0.5)
+    numbers = [
+        evaluate_bits_per_dim(model_on(tree, 1, config), IMAGES, tmp_path / "file", scoring, 0, 8) for tree in (params, wider)
+    ]
+    same = numbers[0]["bits_per_dim"] == pytest.approx(numbers[1]["bits_per_dim"], rel=1e-6)
+    assert same == (scoring.metric == "bpd_ode")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
