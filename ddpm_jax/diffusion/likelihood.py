@@ -134,7 +134,7 @@ def ode_log_likelihood(
     """Log density of x by the probability-flow ODE, in nats, Eqs. 2 and 3 above; Heun's method, one compiled `lax.scan`.
 
     A network knows no time before t = 0, so what is evaluated is the density of x0 + (s_0 / a_0) eps, the data with the
-    noise of the first timestep: a model of its own right, as Song et al.'s, who begin at a small positive time.
+    noise of the first timestep: a model in its own right, as Song et al.'s, who begin at a small positive time.
 
     Args:
         key: one key, or one for each image [B]; draws the probes alone.
