@@ -11,6 +11,7 @@ from ddpm_jax.config import (
     load_config,
 )
 from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided
+from ddpm_jax.diffusion.likelihood import VariationalBound, bits_per_dim, ode_bits_per_dim, ode_log_likelihood
 from ddpm_jax.diffusion.process import (
     Denoised,
     make_denoiser,
@@ -44,12 +45,16 @@ __all__ = [
     "Schedule",
     "TrainConfig",
     "UNet",
+    "VariationalBound",
+    "bits_per_dim",
     "classifier_free",
     "classifier_guided",
     "load",
     "load_config",
     "make_denoiser",
     "make_schedule",
+    "ode_bits_per_dim",
+    "ode_log_likelihood",
     "p_sample",
     "predict_eps",
     "predict_v",
