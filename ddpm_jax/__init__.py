@@ -10,6 +10,7 @@ from ddpm_jax.config import (
     TrainConfig,
     load_config,
 )
+from ddpm_jax.diffusion.inversion import invert
 from ddpm_jax.diffusion.process import (
     Denoised,
     make_denoiser,
@@ -43,6 +44,7 @@ __all__ = [
     "Schedule",
     "TrainConfig",
     "UNet",
+    "invert",
     "load",
     "load_config",
     "make_denoiser",
