@@ -75,10 +75,11 @@ def main(argv: Sequence[str]) -> None:
         images = draw(model, args, args.num_images, args.seed, args.label, frames, on_batch, settings)
     save_output(out, kind, images)
     used = model.config.sample
+    sampler = args.sampler or ("ddpm" if args.mask else used.sampler)
     steps = next(n for n in (args.num_steps, used.num_steps, model.schedule.num_steps) if n is not None)
     logger.info(
         "%s: %d images by %s, %d steps, seed %d, from the %s weights of step %d",
-        out, args.num_images, args.sampler or ("ddpm" if args.mask else used.sampler), steps, args.seed, model.weights, model.step,
+        out, args.num_images, sampler, steps, args.seed, model.weights, model.step,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from ddpm_jax.config import (
     TrainConfig,
     load_config,
 )
+from ddpm_jax.diffusion.editing import image_to_image, inpaint, interpolate
 from ddpm_jax.diffusion.inversion import invert
 from ddpm_jax.diffusion.process import (
     Denoised,
@@ -44,6 +45,9 @@ __all__ = [
     "Schedule",
     "TrainConfig",
     "UNet",
+    "image_to_image",
+    "inpaint",
+    "interpolate",
     "invert",
     "load",
     "load_config",

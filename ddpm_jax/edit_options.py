@@ -28,7 +28,7 @@ class EditOptions:
     strength: float | None = None
     """How much of --init is made anew: 0 nothing, 1 all of it; None: 0.5."""
     mask: Path | None = None
-    """Image file that is white where --init is to be painted anew, black where it is kept. The sampler is ddpm if none is given."""
+    """Image file that is white where --init is to be painted anew, black where it is kept. Sampler: ddpm unless given."""
     num_resamples: int | None = None
     """With --mask: how often each stretch of the steps is gone so that both parts fit; None: 10."""
     jump_length: int | None = None

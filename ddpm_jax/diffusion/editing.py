@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ddpm_jax.diffusion.process import AnyKey, Denoised, Denoiser, NetworkDenoiser, Variance, as_keys, at, normal, q_sample
-from ddpm_jax.diffusion.samplers import Sampler, find_sampler, sample
-from ddpm_jax.diffusion.schedule import Schedule, Spacing, respace, spaced_timesteps
+from ddpm_jax.diffusion.process import AnyKey, Denoiser, Variance, as_keys, at, normal, q_sample
+from ddpm_jax.diffusion.samplers import Sampler, find_sampler, sample, visit
+from ddpm_jax.diffusion.schedule import Schedule, Spacing, spaced_timesteps
 
 
 def interpolate(
@@ -23,8 +23,8 @@ def interpolate(
 ) -> Float[Array, "K *image"]:
     """Points of the great circle between two noises: sin((1-c) angle)/sin(angle) start + sin(c angle)/sin(angle) end.
 
-    Appendix D.5 of Song et al. (2021), arXiv:2010.02502 (Shoemake 1985). On the straight line between them the variance would fall
-    to one half; on the circle noise stays noise, of norm |start| = |end|. Sampling from it without noise, as in
+    Appendix D.5 of Song et al. (2021), arXiv:2010.02502 (Shoemake 1985). On the straight line between them the variance would
+    fall to one half; on the circle noise stays noise, of norm |start| = |end|. Sampling from it without noise, as in
 
         sample(key, schedule, denoiser, x.shape, "ddim", x_init=x),   x = interpolate(start, end, jnp.linspace(0, 1, 10)),
 
@@ -183,12 +183,8 @@ def _repaint(
     mask: Bool[Array, "..."],
 ) -> Float[Array, "*shape"]:
     """The walk of `moves` over ascending `timesteps` [K]."""
-    visited, total_steps = jnp.asarray(timesteps), schedule.num_steps
-    if len(timesteps) < total_steps:
-        schedule = respace(schedule, visited)
-
-    def denoise(x: Float[Array, "*shape"], index: Int[Array, "*batch"]) -> Denoised:
-        return denoiser.visiting(visited)(x, index) if isinstance(denoiser, NetworkDenoiser) else denoiser(x, visited[index])
+    total_steps = schedule.num_steps
+    schedule, denoise = visit(schedule, denoiser, timesteps)
 
     def body(x: Float[Array, "*shape"], move: tuple[Int[Array, ""], Int[Array, " 2"]]) -> tuple[Float[Array, "*shape"], None]:
         position, (index, down) = move
