@@ -129,16 +129,16 @@ def test_an_image_that_fits_comes_through_to_the_bit(tmp_path, caplog, mode, cha
     assert not caplog.records
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_images_of_any_mode_and_size(tmp_path, caplog, mode, channels):
-    """A light field of 40 x 20 with black ends that the centre crop leaves out."""
+    """A light field of 40 x 20 with black ends well outside the centre crop."""
     picture = Image.new("L", (40, 20), 0)
-    picture.paste(255, (10, 0, 30, 20))
+    picture.paste(255, (6, 0, 34, 20))
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     else:
-        picture = (picture.convert("RGB") if mode in ("HSV", "YCbCr", "CMYK", "LA") else picture).convert(mode)
+        picture = (picture.convert("RGB") if mode in ("YCbCr", "CMYK") else picture).convert(mode)
     picture.save(tmp_path / "a.tiff")
     with caplog.at_level(logging.INFO, "ddpm_jax"):
         image = read_image(tmp_path / "a.tiff", (10, 10, channels))
