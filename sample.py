@@ -2,6 +2,9 @@
 
     python sample.py --ckpt runs/fashion_mnist                         a grid, samples.png in the run folder
     python sample.py --ckpt runs/cifar10 --num-images 64 --sampler ddim --num-steps 50 --seed 0 --out samples.gif
+    python sample.py --ckpt runs/cifar10 --interpolate 3 7             from image 3 of the seed to image 7
+    python sample.py --ckpt runs/cifar10 --init cat.png --strength 0.6  images that resemble cat.png
+    python sample.py --ckpt runs/cifar10 --init cat.png --mask mask.png  cat.png painted anew where mask.png is white
 
 What is written follows from the ending of --out: .png (a grid), .gif (the way from noise to images), .npz (an array
 "images", uint8 [N, H, W, C]), or, without an ending, a folder of PNG files.
@@ -16,6 +19,7 @@ from ddpm_jax import cli
 from ddpm_jax.config import Threshold
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
+from ddpm_jax.edit_options import EditOptions, check_edit, draw
 from ddpm_jax.errors import InputError
 from ddpm_jax.images import check_output, save_output
 from ddpm_jax.inference import load
@@ -27,7 +31,7 @@ logger = logging.getLogger("ddpm_jax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(EditOptions):
     """Options of sample.py; those left at None are the run's own."""
 
     ckpt: Path | None = None
@@ -71,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
     if args.sampler is not None and args.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {args.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    check_edit(args, args.out.suffix.lower() if args.out else "")
     model = load(args.ckpt, args.weights)
     step_folder = args.ckpt.absolute()
     run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
@@ -83,13 +88,14 @@ def main(argv: Sequence[str]) -> None:
     settings = {name: getattr(args, name) for name in names}
     frames = GIF_FRAMES if kind == ".gif" else 0
     with sample_progress(args.num_images) as on_batch:
-        images = model.sample(args.num_images, args.seed, labels=args.label, num_frames=frames, on_batch=on_batch, **settings)
+        images = draw(model, args, args.num_images, args.seed, args.label, frames, on_batch, settings)
     save_output(out, kind, images)
     used = model.config.sample
+    sampler = args.sampler or ("ddpm" if args.mask else used.sampler)
     steps = next(n for n in (args.num_steps, used.num_steps, model.schedule.num_steps) if n is not None)
     logger.info(
         "%s: %d images by %s, %d steps, seed %d, from the %s weights of step %d",
-        out, args.num_images, args.sampler or used.sampler, steps, args.seed, model.weights, model.step,
+        out, args.num_images, sampler, steps, args.seed, model.weights, model.step,
     )  # fmt: skip
 
 

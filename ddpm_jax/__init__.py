@@ -10,7 +10,9 @@ from ddpm_jax.config import (
     TrainConfig,
     load_config,
 )
+from ddpm_jax.diffusion.editing import image_to_image, inpaint, interpolate
 from ddpm_jax.diffusion.guidance import classifier_free, classifier_guided
+from ddpm_jax.diffusion.inversion import invert
 from ddpm_jax.diffusion.likelihood import VariationalBound, bits_per_dim, ode_bits_per_dim, ode_log_likelihood
 from ddpm_jax.diffusion.process import (
     Denoised,
@@ -49,6 +51,10 @@ __all__ = [
     "bits_per_dim",
     "classifier_free",
     "classifier_guided",
+    "image_to_image",
+    "inpaint",
+    "interpolate",
+    "invert",
     "load",
     "load_config",
     "make_denoiser",

@@ -1,5 +1,6 @@
-"""Pictures: uint8 arrays as grids, PNG files and animated GIFs."""
+"""Pictures: uint8 arrays as grids, PNG files and animated GIFs, and image files as arrays."""
 
+import logging
 import math
 import tempfile
 from collections.abc import Iterator
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageOps
 
 from ddpm_jax.errors import InputError
 
@@ -17,6 +18,9 @@ CELL_PIXELS = 64  # smaller images are enlarged to at least this in grids, each 
 GAP_PIXELS = 2
 GIF_SECONDS = 4.0
 GIF_LAST_SECONDS = 2.0
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for pictures of so many channels
+
+logger = logging.getLogger("ddpm_jax")
 
 
 def make_grid(images: UInt8[np.ndarray, "N H W C"], columns: int | None = None) -> UInt8[np.ndarray, "H2 W2 C2"]:
@@ -68,6 +72,74 @@ def save_folder(path: Path, images: UInt8[np.ndarray, "N H W C"]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         to_pil(image).save(path / f"{index:06d}.png")
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "H W C"]:
+    """An image file of any size and mode as an image of the given shape; what had to be changed is logged.
+
+    The largest part of the right aspect ratio is cut from the middle and resized; what is transparent becomes white unless
+    there are four channels. Pictures that are already right come through to the bit.
+
+    Raises:
+        InputError: no such file, not an image, or one that can't be converted.
+    """
+    height, width, channels = shape
+    if channels not in MODES:
+        raise InputError(f"{path}: image files hold 1, 3 or 4 channels, but the model's images have {channels}")
+    picture = _open(path)
+    if channels != 4 and picture.has_transparency_data:
+        picture = _on_ground(picture, "white")
+    made = ImageOps.fit(_convert(path, picture, MODES[channels]), (width, height), Image.Resampling.BICUBIC)
+    if (picture.size, picture.mode) != (made.size, made.mode):
+        logger.info("%s: %dx%d %s made %dx%d %s (centre crop)", path, *picture.size, picture.mode, width, height, made.mode)
+    return np.asarray(made).reshape(shape)
+
+
+def read_mask(path: Path, image: Path, shape: tuple[int, int, int]) -> Bool[np.ndarray, "H W 1"]:
+    """The mask in an image file: True where it is white (128 or more); cropped and resized as images are; transparent is black.
+
+    Raises:
+        InputError: as read_image; or a mask of another aspect ratio than the image or the shape, or without white.
+    """
+    height, width, _ = shape
+    picture = _open(path)
+    sizes = (_open(image).size, (width, height))
+    if not any(math.isclose(picture.width * h, picture.height * w, rel_tol=0.02) for w, h in sizes):
+        proportions = " nor ".join(f"{w}x{h}" for w, h in sizes)
+        raise InputError(f"{path}: a mask of {picture.width}x{picture.height} has the proportions neither of {proportions}")
+    if picture.has_transparency_data:
+        picture = _on_ground(picture, "black")
+    mask = np.asarray(ImageOps.fit(_convert(path, picture, "L"), (width, height), Image.Resampling.BOX)) >= 128
+    if not mask.any():
+        raise InputError(f"{path}: the mask has no white: paint white what is to be made anew, and black what is to be kept")
+    return mask[..., None]
+
+
+def _open(path: Path) -> Image.Image:
+    """The picture in a file, upright, with 8 bits for each channel."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is not an image, or a damaged one"
+        raise InputError(f"{path} can't be read as an image: {reason}") from error
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would not scale but cut off
+        picture = Image.fromarray(np.clip(np.round(np.asarray(picture) / 257.0), 0, 255).astype(np.uint8))
+    return picture
+
+
+def _convert(path: Path, picture: Image.Image, mode: str) -> Image.Image:
+    if picture.mode in ("F", "LAB"):
+        raise InputError(
+            f"{path}: pixels of mode {picture.mode} have no colour of their own: save it as grey or RGB with 8 bits"
+        )
+    return picture.convert(mode)
+
+
+def _on_ground(picture: Image.Image, colour: str) -> Image.Image:
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ drawn in, nor on the number of devices, nor on how many other images are asked f
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ SAMPLING = 2**32 - 1  # keeps the keys of images apart from those of training st
 
 CLIP: dict[str, Clip] = {"static": True, "dynamic": "dynamic", "none": False}  # by the names of sample.threshold
 
-DrawFn = Callable[[PyTree, Key[Array, " B"], Int[Array, " B"] | None], UInt8[Array, "... H W C"]]
+DrawFn = Callable[..., UInt8[Array, "... H W C"]]
+"""(params, keys [B], labels [B] or None, and further inputs [B, ...] if any) -> images [B, H, W, C]."""
 
 
 def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
@@ -82,14 +83,17 @@ def draw_images(
     labels: Int[np.ndarray, " N"] | None = None,
     num_frames: int = 0,
     on_batch: Callable[[int], None] = lambda count: None,
+    draw: DrawFn | None = None,
+    inputs: Sequence[np.ndarray] = (),
 ) -> UInt8[np.ndarray, "... N H W C"]:
     """Images 0 ... num_images - 1 of a seed, batch by batch.
 
     A class-conditional network without labels draws class i mod num_classes as image i. The last batch is filled up
-    to full size, so that all of them run one program. `on_batch` is told how many images are done.
+    to full size, so that all of them run one program. `on_batch` is told how many images are done. `draw` takes the place of
+    make_draw's program and is given the rows of `inputs` [N, ...] that belong to its images.
     """
     size = round_up(min(config.sample.batch_size, num_images), mesh)
-    draw = make_draw(config, mesh, num_frames)
+    draw = make_draw(config, mesh, num_frames) if draw is None else draw
     num_classes = config.model.num_classes
     pieces: list[np.ndarray] = []
     pending: UInt8[Array, "... H W C"] | None = None
@@ -99,8 +103,9 @@ def draw_images(
         if num_classes is not None:
             named = indices % num_classes if labels is None else labels[np.minimum(indices, num_images - 1)]
             classes = put(named.astype(np.int32), batch_sharding(mesh))
-        keys = _image_keys(put(np.uint32(seed), replicated(mesh)), put(indices, batch_sharding(mesh)))
-        drawn = draw(params, keys, classes)
+        keys = image_keys(put(np.uint32(seed), replicated(mesh)), put(indices, batch_sharding(mesh)))
+        rows = np.minimum(indices, num_images - 1)
+        drawn = draw(params, keys, classes, *(put(array[rows], batch_sharding(mesh)) for array in inputs))
         if pending is not None:  # fetched while the devices draw the next batch
             pieces.append(jax.device_get(pending))
             on_batch(start)
@@ -112,7 +117,8 @@ def draw_images(
 
 
 @jax.jit
-def _image_keys(seed: Array, indices: Array) -> Key[Array, " B"]:
+def image_keys(seed: Array, indices: Array) -> Key[Array, " B"]:
+    """The keys of images [B] of a seed, by their numbers; `sample` makes their noise from these alone."""
     root = jax.random.fold_in(jax.random.key(seed), SAMPLING)
     return jax.vmap(jax.random.fold_in, (None, 0))(root, indices)
 
@@ -199,15 +205,21 @@ class Model:
             "batch_size": batch_size,
             "guidance": guidance, "guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale,
         }  # fmt: skip
+        config, classes = self.settle(given, num_images, seed, labels)
+        if num_frames < 0 or num_frames == 1:
+            raise InputError(f"num_frames = {num_frames}: must be 0, or 2 or more")
+        return draw_images(config, self.mesh, self.params, seed, num_images, classes, num_frames, on_batch)
+
+    def settle(
+        self, given: Mapping[str, Any], num_images: int, seed: int, labels: Any
+    ) -> tuple[Config, Int[np.ndarray, " N"] | None]:
+        """The config with the settings of config.sample that are given, not None, and the class of each image, checked."""
         config = override(self.config, {f"sample.{name}": value for name, value in given.items() if value is not None})
         if num_images < 1:
             raise InputError(f"num_images = {num_images}: must be 1 or more")
-        if num_frames < 0 or num_frames == 1:
-            raise InputError(f"num_frames = {num_frames}: must be 0, or 2 or more")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed}: must lie in 0 ... 2^32 - 1")
-        classes = self._check_labels(labels, num_images)
-        return draw_images(config, self.mesh, self.params, seed, num_images, classes, num_frames, on_batch)
+        return config, self._check_labels(labels, num_images)
 
     def _check_labels(self, labels: Any, num_images: int) -> Int[np.ndarray, " N"] | None:
         if labels is None:

@@ -128,6 +128,17 @@ def sample(
     return jax.jit(run)(as_keys(key), schedule, x_init)
 
 
+def visit(schedule: Schedule, denoiser: Denoiser, timesteps: Int[np.ndarray, " K"]) -> tuple[Schedule, Denoiser]:
+    """Schedule and denoiser of the process that visits only `timesteps`, ascending; their t counts them, 0 ... K-1."""
+    visited = jnp.asarray(timesteps)
+    short = respace(schedule, visited) if len(timesteps) < schedule.num_steps else schedule
+
+    def denoise(x: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Denoised:
+        return denoiser.visiting(visited)(x, t) if isinstance(denoiser, NetworkDenoiser) else denoiser(x, visited[t])
+
+    return short, denoise
+
+
 def _reverse(
     key: AnyKey,
     schedule: Schedule,
@@ -140,12 +151,8 @@ def _reverse(
 ) -> Float[Array, "..."]:
     """The loop over ascending `timesteps` [K] from the last to the first; num_frames = 0 keeps x_0 only."""
     num_steps, total_steps = len(timesteps), schedule.num_steps
-    if num_steps < total_steps:
-        schedule = respace(schedule, jnp.asarray(timesteps))
+    schedule, denoise = visit(schedule, denoiser, timesteps)
     visited = jnp.asarray(timesteps)
-
-    def denoise(x: Float[Array, "*shape"], index: Int[Array, "*batch"]) -> Denoised:
-        return denoiser.visiting(visited)(x, index) if isinstance(denoiser, NetworkDenoiser) else denoiser(x, visited[index])
 
     # Frame f is x after kept[f] steps; slot[j] is the first frame not older than step j + 1, overwritten until it is due.
     kept = np.round(np.linspace(0, num_steps, max(num_frames, 2)))
