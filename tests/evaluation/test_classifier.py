@@ -23,14 +23,14 @@ def garments():
 @pytest.fixture(scope="module")
 def classifier(garments):
     images, labels = garments
-    return train_classifier(images[:600], labels[:600], num_epochs=6, channels=8)
+    return train_classifier(images[:600], labels[:600], num_epochs=20, channels=16)
 
 
 def test_it_learns(classifier, garments):
     images, labels = garments
     held_out = slice(600, 1600)
     right = int((classifier.classes(images[held_out]) == labels[held_out]).sum())
-    # Guessing gives 10 %; the distance to the nearest class mean of the same 600 images gives 64 %.
+    # Guessing gives 10 %; the distance to the nearest class mean of the same 600 images 71 %.
     means = np.stack([images[:600][labels[:600] == k].astype(float).mean(axis=0) for k in range(10)])
     nearest = [np.square(means - image).sum(axis=(1, 2, 3)).argmin() for image in images[held_out]]
     assert right > (nearest == labels[held_out]).sum()
