@@ -96,8 +96,9 @@ def table(distances: dict[str, list[float]]) -> str:
     """Markdown: a row for each sampler and spacing, a column for each number of evaluations, mean +- deviation over seeds."""
     cells = {tuple(name.rsplit("_", 2)): values for name, values in distances.items() if name != "real"}
     columns = sorted({int(evaluations) for _, _, evaluations in cells})
+    rows = sorted({(sampler, spacing) for sampler, spacing, _ in cells}, key=lambda row: (list(SAMPLERS).index(row[0]), row[1]))
     lines = [f"| sampler | spacing | {' | '.join(map(str, columns))} |", "|---|---|" + "---|" * len(columns)]
-    for sampler, spacing in dict.fromkeys((sampler, spacing) for sampler, spacing, _ in cells):
+    for sampler, spacing in rows:
         row = [_text(cells.get((sampler, spacing, str(column)), [])) for column in columns]
         lines.append(f"| {sampler} | {spacing} | {' | '.join(row)} |")
     return "\n".join([*lines, "", f"real images: {_text(distances['real'])}"])

@@ -51,10 +51,11 @@ def test_sets_are_drawn_once(script, monkeypatch, tmp_path):
     assert len(model.asked) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
-def test_table(script):
-    distances = {"ddpm_uniform_1000": [1.0, 2.0, 6.0], "dpmpp_2m_sde_karras_10": [4.25], "real": [0.5, 0.75]}
+def test_table_in_the_order_of_samplers(script, monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "a_new_one", Sampler(p_sample))
+    distances = {"a_new_one_karras_10": [4.25], "ddpm_uniform_1000": [1.0, 2.0, 6.0], "real": [0.5, 0.75]}
     lines = script.table(distances).splitlines()
     assert lines[0] == "| sampler | spacing | 10 | 1000 |"
     assert lines[2] == f"| ddpm | uniform |  | 3.000 ± {statistics.stdev([1, 2, 6]):.3f} |"
-    assert lines[3] == "| dpmpp_2m_sde | karras | 4.250 |  |"
+    assert lines[3] == "| a_new_one | karras | 4.250 |  |"
     assert lines[-1] == "real images: 0.625 ± 0.177"
