@@ -608,7 +608,7 @@ def test_options_reach_the_sampler(run, model, tmp_path, caplog, monkeypatch):
 def test_grid_lies_in_the_run_folder_by_default(run, model, monkeypatch, place):
     monkeypatch.chdir(run / place)
     monkeypatch.setattr(sample, "load", lambda path, weights: model)
-    monkeypatch.setattr(type(model), "sample", lambda self, count, *rest, **options: np.zeros((count, 28, 28, 1), np.uint8))
+    monkeypatch.setattr(type(model), "sample", lambda self, num_images, **options: np.zeros((num_images, 28, 28, 1), np.uint8))
     for ckpt in (run, run / "checkpoints" / "4", "." if place == "." else "4"):
         sample.main(["--ckpt", str(ckpt), "--num-images", "1"])
         (run / "samples.png").unlink()

@@ -31,7 +31,7 @@ def compile_for(mesh, function, **options):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
-def make_pixel_net(config, channels, learn_variance=False):
+def make_pixel_net(config, channels, learn_variance=False, num_steps=1000):
     return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)
 
 

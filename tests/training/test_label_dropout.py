@@ -39,7 +39,7 @@ def seen_labels(config, labels, key=0):
     unet = ClassPictures(out_channels=1, num_classes=3)
     batch = Batch(jnp.ones((len(labels), 2, 2, 1), jnp.float32), jnp.asarray(labels, jnp.int32))
     loss_and_grad = jax.jit(make_loss_and_grad(config, config_schedule(config), unet))
-    _, grads = loss_and_grad(jax.random.key(key), {"levels": jnp.zeros(4)}, batch)
+    _, grads, _ = loss_and_grad(jax.random.key(key), {"levels": jnp.zeros(4)}, batch)
     counts = -np.asarray(grads["levels"], np.float64) * len(labels) / 2
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)  # sums of 600 terms in float32
     return np.round(counts).astype(int)
