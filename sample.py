@@ -1,6 +1,7 @@
 """Draw images from a trained model.
 
     python sample.py --ckpt runs/fashion_mnist                         a grid, samples.png in the run folder
+    python sample.py --list-samplers                                   the samplers and what is to be known of them
     python sample.py --ckpt runs/cifar10 --num-images 64 --sampler ddim --num-steps 50 --seed 0 --out samples.gif
 
 What is written follows from the ending of --out: .png (a grid), .gif (the way from noise to images), .npz (an array
@@ -8,12 +9,14 @@ What is written follows from the ending of --out: .png (a grid), .gif (the way f
 """
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from ddpm_jax import cli
+from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
 from ddpm_jax.errors import InputError
 from ddpm_jax.images import check_output, save_output
@@ -40,7 +43,9 @@ class Arguments:
     weights: Literal["ema", "raw"] = "ema"
     """The moving average of the weights, or the weights themselves."""
     sampler: str | None = None
-    """Sampling algorithm."""
+    """Sampling algorithm; see --list-samplers."""
+    list_samplers: bool = False
+    """Show the samplers, and draw nothing."""
     num_steps: int | None = None
     """Steps from noise to image."""
     eta: float | None = None
@@ -57,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
     """Parse the command line, draw and write."""
     known = {field.name for field in dataclasses.fields(Arguments)}
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
+    if args.list_samplers:
+        print(sampler_table())
+        return
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
     model = load(args.ckpt, args.weights)
@@ -75,6 +83,16 @@ def main(argv: Sequence[str]) -> None:
         "%s: %d images by %s, %d steps, seed %d, from the %s weights of step %d",
         out, args.num_images, args.sampler or used.sampler, steps, args.seed, model.weights, model.step,
     )  # fmt: skip
+
+
+def sampler_table() -> str:
+    """The samplers as a Markdown table; what each of them is stands in the first line of its step's docstring."""
+    lines = ["| name | evaluations per step | order | stochastic | what it is |", "|---|---|---|---|---|"]
+    for name, sampler in SAMPLERS.items():
+        random = "if eta > 0" if "eta" in sampler.options else "yes" if sampler.stochastic else "no"
+        what = (inspect.getdoc(sampler.step) or "").partition("\n")[0]
+        lines.append(f"| {name} | {sampler.evaluations} | {sampler.order} | {random} | {what} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
