@@ -86,12 +86,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def sampler_table() -> str:
-    """The samplers as a Markdown table; what each of them is stands in the first line of its step's docstring."""
-    lines = ["| name | evaluations per step | order | stochastic | what it is |", "|---|---|---|---|---|"]
+    """The samplers, one a line; what each of them is stands in the first line of its step's docstring."""
+    lines = ["name          evaluations  order  stochastic  what it is"]
     for name, sampler in SAMPLERS.items():
         random = "if eta > 0" if "eta" in sampler.options else "yes" if sampler.stochastic else "no"
         what = (inspect.getdoc(sampler.step) or "").partition("\n")[0]
-        lines.append(f"| {name} | {sampler.evaluations} | {sampler.order} | {random} | {what} |")
+        lines.append(f"{name:12}  {sampler.evaluations:11}  {sampler.order:5}  {random:10}  {what}")
     return "\n".join(lines)
 
 

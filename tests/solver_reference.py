@@ -33,7 +33,7 @@ def heun(a, s, x, denoise):
 
 
 def dpmpp_2m(a, s, x, denoise, noises=None):
-    """Lu et al. (2022), DPM-Solver++: algorithm 2; with noises [K] the SDE's, Eq. 18 there."""
+    """Lu et al. (2022), DPM-Solver++: algorithm 2; with noises [K] the SDE's."""
     lam, last = _lambdas(a, s), None
     for i in reversed(range(len(a))):
         a_end, s_end = (a[i - 1], s[i - 1]) if i else (1.0, 0.0)
@@ -68,7 +68,7 @@ def dpmpp_3m(a, s, x, denoise):
 
 
 def unipc(a, s, x, denoise):
-    """Zhao et al. (2023), algorithms 5 and 6, order 2, B(h) = exp(h) - 1: predict, look, correct with what was seen."""
+    """Zhao et al. (2023), order 2, B(h) = exp(h) - 1: predict, look, correct with what was seen."""
     lam, seen, before = _lambdas(a, s), [], None
     for i in reversed(range(len(a))):
         new = denoise(x, i)

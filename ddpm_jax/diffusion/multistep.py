@@ -1,7 +1,7 @@
 """Multistep samplers: what the denoiser saw at earlier steps bends the step, at one evaluation each.
 
 In lambda = log(a / s), which grows by h in the step t -> t-1, the probability-flow ODE is solved exactly for any x0(lambda),
-with a', s' at the end of the step (Lu et al. 2022, arXiv:2211.01095, Eq. 8):
+with a', s' at the end of the step (Lu et al. 2022, arXiv:2211.01095, proposition 4.1):
 
     x_{t-1} = s'/s xt + a' int_0^h exp(u - h) x0(lambda_t + u) du                              (1)
             = a' x0 + s' eps                      where x0 is constant, the first order: DDIM
@@ -37,7 +37,7 @@ def dpmpp_2m_step(
 def dpmpp_3m_step(
     key: AnyKey, schedule: Schedule, denoiser: Denoiser, xt: Float[Array, "*shape"], t: Int[Array, "*batch"], memory: Memory
 ) -> tuple[Float[Array, "*shape"], Memory]:
-    """DPM-Solver++(3M): Eq. 8 of Lu et al. (2022), arXiv:2211.01095, for a parabola through three x0; memory: the last two."""
+    """DPM-Solver++(3M) of Lu et al. (2022), arXiv:2211.01095, Eq. 1 for the parabola through three x0; memory: the last two."""
     x0, eps, _ = denoiser(xt, t)
     last, older = memory
     a_end = jnp.sqrt(schedule.alpha_bar_prev)
@@ -54,7 +54,7 @@ def dpmpp_3m_step(
 def dpmpp_2m_sde_step(
     key: AnyKey, schedule: Schedule, denoiser: Denoiser, xt: Float[Array, "*shape"], t: Int[Array, "*batch"], memory: Memory
 ) -> tuple[Float[Array, "*shape"], Memory]:
-    """SDE-DPM-Solver++(2M), section 5 of Lu et al. (2022), arXiv:2211.01095, for the SDE of DDPM; memory: x0 of the last step.
+    """SDE-DPM-Solver++(2M) of Lu et al. (2022), arXiv:2211.01095, for the SDE of DDPM; memory: x0 of the last step.
 
     x_{t-1} = s'/s e^-h xt + a' (1 - e^-2h) (x0 + (x0 - x0_last) h/2h1) + s' sqrt(1 - e^-2h) z, with xt = a x0 + s eps.
     """
@@ -70,7 +70,7 @@ def dpmpp_2m_sde_step(
 def unipc_step(
     key: AnyKey, schedule: Schedule, denoiser: Denoiser, xt: Float[Array, "*shape"], t: Int[Array, "*batch"], memory: Memory
 ) -> tuple[Float[Array, "*shape"], Memory]:
-    """UniPC-2 (bh2), order 3: UniC-2 and UniP-2, algorithms 1 and 2 of Zhao et al. (2023), arXiv:2302.04867.
+    """UniPC-2 (bh2), order 3: UniC-2 and UniP-2 of Zhao et al. (2023), arXiv:2302.04867.
 
     What the denoiser sees at xt first corrects xt, by the step that led to it once more, now with x0 known at its end; then
     it predicts x_{t-1} as DPM-Solver++(2M) does. Memory: the corrected x_{t+1}, and x0 of the last two steps.
