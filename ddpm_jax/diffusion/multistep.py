@@ -88,7 +88,7 @@ def unipc_step(
     s_before, a_before = jnp.append(s[1:], s[-1]), jnp.append(a[1:], a[-1])
     corrected = at(s / s_before, t, xt) * before + at(a - a_before * s / s_before, t, xt) * last
     corrected = corrected + at(newer_gain, t, xt) * (x0 - last) + at(older_gain, t, xt) * (last - older)
-    corrected = jnp.where(at(jnp.isfinite(h1), t, xt), corrected, xt)
+    corrected = jnp.where(jnp.isfinite(at(h1, t, xt)), corrected, xt)
 
     a_end, s_end = jnp.sqrt(schedule.alpha_bar_prev), schedule.sqrt_one_minus_alpha_bar_prev
     predicted = at(s_end / s, t, xt) * corrected + at(a_end - a * s_end / s, t, xt) * x0
