@@ -1,6 +1,7 @@
 """Draw images from a trained model.
 
     python sample.py --ckpt runs/fashion_mnist                         a grid, samples.png in the run folder
+    python sample.py --list-samplers                                   the samplers and what is to be known of them
     python sample.py --ckpt runs/cifar10 --num-images 64 --sampler ddim --num-steps 50 --seed 0 --out samples.gif
     python sample.py --ckpt runs/cifar10 --interpolate 3 7             from image 3 of the seed to image 7
     python sample.py --ckpt runs/cifar10 --init cat.png --strength 0.6  images that resemble cat.png
@@ -11,6 +12,7 @@ What is written follows from the ending of --out: .png (a grid), .gif (the way f
 """
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +48,9 @@ class Arguments(EditOptions):
     """The moving average of the weights (ema), the weights themselves (raw), another average of the run (decay:0.999), or the
     power function average of any length (ema:0.08)."""
     sampler: str | None = None
-    """Sampling algorithm."""
+    """Sampling algorithm; see --list-samplers."""
+    list_samplers: bool = False
+    """Show the samplers, and draw nothing."""
     num_steps: int | None = None
     """Steps from noise to image."""
     eta: float | None = None
@@ -71,6 +75,9 @@ def main(argv: Sequence[str]) -> None:
     """Parse the command line, draw and write."""
     known = {field.name for field in dataclasses.fields(Arguments)}
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
+    if args.list_samplers:
+        print(sampler_table())
+        return
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
     if args.sampler is not None and args.sampler not in SAMPLERS:
@@ -97,6 +104,16 @@ def main(argv: Sequence[str]) -> None:
         "%s: %d images by %s, %d steps, seed %d, from the %s weights of step %d",
         out, args.num_images, sampler, steps, args.seed, model.weights, model.step,
     )  # fmt: skip
+
+
+def sampler_table() -> str:
+    """The samplers, one a line; what each of them is stands in the first line of its step's docstring."""
+    lines = ["name          evaluations  order  stochastic  what it is"]
+    for name, sampler in SAMPLERS.items():
+        random = "if eta > 0" if "eta" in sampler.options else "yes" if sampler.stochastic else "no"
+        what = (inspect.getdoc(sampler.step) or "").partition("\n")[0]
+        lines.append(f"{name:12}  {sampler.evaluations:11}  {sampler.order:5}  {random:10}  {what}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ddpm_jax.diffusion.process import (
     q_posterior,
     q_sample,
 )
-from ddpm_jax.diffusion.samplers import sample
+from ddpm_jax.diffusion.samplers import SAMPLERS, Sampler, sample
 from ddpm_jax.diffusion.schedule import Schedule, make_schedule, rescale_zero_terminal_snr, schedule_from_betas
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.inference import Model, load
@@ -34,6 +34,7 @@ from ddpm_jax.training.loop import train
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAMPLERS",
     "Config",
     "DataConfig",
     "Denoised",
@@ -44,6 +45,7 @@ __all__ = [
     "NonFiniteLossError",
     "OptimConfig",
     "SampleConfig",
+    "Sampler",
     "Schedule",
     "TrainConfig",
     "UNet",

@@ -79,14 +79,14 @@ def validate(config: "Config") -> None:
     for name, value in {"diffusion.beta_start": d.beta_start, "diffusion.beta_end": d.beta_end}.items():
         _require(0 < value < 1, name, value, "must lie in (0, 1)")
     _check_objective(d)
-    config_schedule(config)
+    schedule = config_schedule(config)
     _validate_guidance(config)
     try:
         find_sampler(s.sampler)
     except ValueError as error:
         raise InputError(f"sample.sampler: {error}") from error
     try:
-        spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing)
+        spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing, schedule.log_snr)
     except ValueError as error:
         raise InputError(f"sample.num_steps: {error}") from error
 

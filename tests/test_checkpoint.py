@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers import replace_fields
 from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax.checkpoint import (

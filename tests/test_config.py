@@ -68,10 +68,10 @@ VALID = {
     "sample.sampler": ["ddpm", "ddim"],
     "sample.num_steps": [None, 1, 100],
     "sample.eta": [0.0, 0.5, 1.0],
-    "sample.spacing": ["uniform", "trailing", "quadratic"],
     "sample.threshold": ["static", "dynamic", "none"],
     "sample.guidance_interval": [None, (0.0, 0.5), (0.28, 2.9)],
     "sample.guidance_rescale": [0.0, 0.7, 1.0],
+    "sample.spacing": ["uniform", "trailing", "quadratic", "logsnr", "karras"],
     "seed": [0, 2**32 - 1],
 }
 overrides = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALID.items()})

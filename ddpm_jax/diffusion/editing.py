@@ -126,7 +126,7 @@ def inpaint(
     options = {name: value for name, value in {"eta": eta, "variance": variance}.items() if name in method.options}
     method = method._replace(step=functools.partial(method.step, **options))
     num_steps = schedule.num_steps if num_steps is None else num_steps
-    timesteps = spaced_timesteps(num_steps, schedule.num_steps, spacing)
+    timesteps = spaced_timesteps(num_steps, schedule.num_steps, spacing, schedule.log_snr)
     moves = repaint_moves(num_steps, jump_length, num_resamples)
 
     def run(key: AnyKey, schedule: Schedule, x0: Float[Array, "*shape"], mask: Bool[Array, "..."]) -> Float[Array, "*shape"]:

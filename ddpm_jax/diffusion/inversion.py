@@ -48,7 +48,8 @@ def invert(
     """
     if iterations < 1:
         raise ValueError(f"iterations = {iterations}: must be 1 or more")
-    timesteps = spaced_timesteps(schedule.num_steps if num_steps is None else num_steps, schedule.num_steps, spacing)
+    num_steps = schedule.num_steps if num_steps is None else num_steps
+    timesteps = spaced_timesteps(num_steps, schedule.num_steps, spacing, schedule.log_snr)
 
     def run(schedule: Schedule, x0: Float[Array, "B *image"]) -> Float[Array, "B *image"]:
         short, denoise = visit(schedule, denoiser, timesteps)

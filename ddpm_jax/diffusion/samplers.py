@@ -1,8 +1,8 @@
 """Samplers: from noise x_T to images x_0, each step a pure function of (key, schedule, denoiser, xt, t).
 
-The steps are in `steps.py` and `process.py`; SAMPLERS names them, and `sample` is the loop around them. A sampler with fewer
-steps than T walks a sub-sequence of the timesteps: `respace` gives that shorter process a schedule of its own, so that a step
-knows nothing of the spacing.
+The steps are in `process.py`, `steps.py` and `multistep.py`; SAMPLERS names them, and `sample` is the loop around them. A
+sampler with fewer steps than T walks a sub-sequence of the timesteps: `visit` gives that shorter process a schedule of its
+own, so that a step knows nothing of the spacing.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ddpm_jax.diffusion.multistep import dpmpp_2m_sde_step, dpmpp_2m_step, dpmpp_3m_step, unipc_step
 from ddpm_jax.diffusion.process import (
     AnyKey,
     Denoised,
@@ -26,7 +27,7 @@ from ddpm_jax.diffusion.process import (
     p_sample,
 )
 from ddpm_jax.diffusion.schedule import Schedule, Spacing, respace, spaced_timesteps
-from ddpm_jax.diffusion.steps import ddim_step
+from ddpm_jax.diffusion.steps import ddim_step, euler_step, heun_step
 
 
 class Sampler(NamedTuple):
@@ -37,9 +38,9 @@ class Sampler(NamedTuple):
     evaluations: int = 1
     """Denoiser calls of a step."""
     order: int = 1
-    """Order of convergence to the ODE's or SDE's solution as steps become smaller."""
+    """Order of convergence to the ODE's solution, or of what is drawn to the SDE's law, as steps become smaller."""
     stochastic: bool = False
-    """Whether a step adds noise."""
+    """Whether a step adds noise; ddim's does where eta > 0."""
     memory: int = 0
     """Number of arrays like x that a step hands on to the next; zeros before the first step, that of t = T-1."""
     options: tuple[str, ...] = ()
@@ -49,6 +50,12 @@ class Sampler(NamedTuple):
 SAMPLERS = {
     "ddpm": Sampler(p_sample, stochastic=True, options=("variance",)),
     "ddim": Sampler(ddim_step, options=("eta",)),
+    "euler": Sampler(euler_step),
+    "heun": Sampler(heun_step, evaluations=2, order=2),
+    "dpmpp_2m": Sampler(dpmpp_2m_step, order=2, memory=1),
+    "dpmpp_3m": Sampler(dpmpp_3m_step, order=3, memory=2),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde_step, order=2, stochastic=True, memory=1),
+    "unipc": Sampler(unipc_step, order=3, memory=3),
 }
 
 
@@ -112,7 +119,7 @@ def sample(
         raise ValueError(f"start = {start} lies outside 0 ... {schedule.num_steps - 1}")
     total_steps = schedule.num_steps if start is None else start + 1
     num_steps = total_steps if num_steps is None else num_steps
-    timesteps = spaced_timesteps(num_steps, total_steps, spacing)
+    timesteps = spaced_timesteps(num_steps, total_steps, spacing, schedule.log_snr[:total_steps])
     num_frames = num_steps + 1 if trajectory is True else min(int(trajectory), num_steps + 1)
     if num_frames < 0 or num_frames == 1:
         raise ValueError(f"a trajectory has at least 2 frames, not {int(trajectory)}")

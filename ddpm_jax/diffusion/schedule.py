@@ -14,14 +14,16 @@ import inspect
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 ScheduleKind = Literal["linear", "cosine", "sigmoid", "scaled_linear"]
-Spacing = Literal["uniform", "trailing", "quadratic"]
+Spacing = Literal["uniform", "trailing", "quadratic", "logsnr", "karras"]
 
 MAX_BETA = 0.999  # Nichol & Dhariwal (2021), section 3.2: keeps the last steps of the cosine schedule finite.
+KARRAS_RHO = 7.0  # Karras et al. (2022), table 1.
 LOG_TINY = math.log(1e-20)  # Ho et al.'s floor for the log of a variance that is exactly zero.
 
 
@@ -133,17 +135,23 @@ def respace(schedule: Schedule, timesteps: Int[Array, " K"]) -> Schedule:
     return Schedule(**_coefficients(schedule.log_alpha_bar[timesteps], jnp))
 
 
-def spaced_timesteps(num_steps: int, total_steps: int, spacing: Spacing = "uniform") -> np.ndarray:
+def spaced_timesteps(
+    num_steps: int, total_steps: int, spacing: Spacing = "uniform", log_snr: Float[Any, " T"] | None = None
+) -> np.ndarray:
     """K = num_steps ascending, distinct timesteps out of T = total_steps, the last of which is T-1. int32 [K].
 
     Args:
         num_steps: K, from 1 to T.
         total_steps: T.
         spacing: "uniform": equal steps that include both 0 and T-1. "trailing": equal steps counted down from T-1
-            (Lin et al. 2023, table 2). "quadratic": dense at low noise (Song et al. 2021, appendix D.2).
+            (Lin et al. 2023, table 2). "quadratic": dense at low noise (Song et al. 2021, appendix D.2). "logsnr": equal
+            steps of the log signal-to-noise ratio (Lu et al. 2022); "karras": of sigma^(1/7) (Karras et al. 2022, Eq. 5);
+            both as nearly as whole timesteps allow.
+        log_snr: the schedule's, for "logsnr" and "karras". Its numbers are read, so that a schedule that is an argument of
+            a compiled function won't do.
 
     Raises:
-        ValueError: K outside 1 ... T, or an unknown spacing.
+        ValueError: K outside 1 ... T, an unknown spacing, or one that needs the numbers of log_snr without them.
     """
     if not 1 <= num_steps <= total_steps:
         raise ValueError(f"cannot take {num_steps} sampling steps of a {total_steps}-step process: choose 1 to {total_steps}")
@@ -154,11 +162,27 @@ def spaced_timesteps(num_steps: int, total_steps: int, spacing: Spacing = "unifo
         steps = np.arange(total_steps, 0, -total_steps / num_steps)[:num_steps][::-1] - 1
     elif spacing == "quadratic":
         steps = np.linspace(math.sqrt(last), 0, num_steps)[::-1] ** 2
-    else:
+    elif spacing not in get_args(Spacing):
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(get_args(Spacing))}")
+    elif log_snr is None or isinstance(log_snr, jax.core.Tracer):
+        raise ValueError(
+            f"spacing {spacing} needs the numbers of the schedule's log_snr: don't make the schedule an argument of jit"
+        )
+    else:
+        steps = _spaced_by_noise(num_steps, np.asarray(log_snr, np.float64), KARRAS_RHO if spacing == "karras" else None)
     position = np.arange(num_steps)
-    # Rounding can make neighbours equal where steps are dense; each is then moved up to the next free one.
-    return (np.maximum.accumulate(np.round(steps).astype(np.int32) - position) + position).astype(np.int32)
+    # Rounding can make neighbours equal where steps are dense; each is then moved to the next free one, up, or down at the end.
+    distinct = np.maximum.accumulate(np.round(steps).astype(np.int32) - position) + position
+    return np.minimum(distinct, position + total_steps - num_steps).astype(np.int32)
+
+
+def _spaced_by_noise(num_steps: int, log_snr: Float64[np.ndarray, " T"], rho: float | None) -> Float64[np.ndarray, " K"]:
+    """Timesteps at equal distances of log SNR, or of sigma^(1 / rho), not yet rounded; the last is T-1."""
+    finite = log_snr[np.isfinite(log_snr)]  # all of them, or all but the last
+    count = num_steps - (finite.size < log_snr.size)
+    level = -finite / 2 if rho is None else np.exp(-finite / 2 / rho)  # rises with t
+    steps = np.interp(np.linspace(level[-1], level[0], count)[::-1], level, np.arange(finite.size)) if count else np.zeros(0)
+    return np.append(steps, np.full(num_steps - count, log_snr.size - 1.0))
 
 
 def _coefficients(log_alpha_bar: Any, xp: Any) -> dict[str, Any]:

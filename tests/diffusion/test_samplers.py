@@ -300,7 +300,7 @@ unchecked_sample = inspect.unwrap(sample)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "euler"}, r"unknown sampler 'euler'.*ddpm.*ddim"),
+        ({"sampler": "plms"}, r"unknown sampler 'plms'.*ddpm.*ddim"),
         ({"sampler": "ddim", "eta": -0.1}, r"eta must lie in \[0, 1\], not -0.1"),
         ({"sampler": "ddim", "eta": 1.1}, r"eta must lie in \[0, 1\], not 1.1"),
         ({"sampler": "ddim", "eta": math.nan}, r"eta must lie in \[0, 1\], not nan"),
