@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise InputError(f"unknown sampler {args.sampler!r}: choose one of {', '.join(SAMPLERS)}")
     model = load(args.ckpt, args.weights)
     step_folder = args.ckpt.absolute()
     run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
