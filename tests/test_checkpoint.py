@@ -386,7 +386,7 @@ def test_a_config_is_written_and_read_back(tmp_path):
 
 
 OTHERS = {"sample.sampler": "ddpm", "sample.spacing": "trailing", "sample.threshold": "none", "sample.eta": 0.5,
-          "sample.guidance_interval": (0.1, 2.0), "sample.guidance_rescale": 0.5}  # fmt: skip
+          "sample.guidance": 2.0, "sample.guidance_interval": (0.1, 2.0), "sample.guidance_rescale": 0.5}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HARMLESS)
