@@ -82,9 +82,10 @@ def validate(config: "Config") -> None:
     schedule = config_schedule(config)
     _validate_guidance(config)
     try:
-        find_sampler(s.sampler)
+        takes_eta = "eta" in find_sampler(s.sampler).options
     except ValueError as error:
         raise InputError(f"sample.sampler: {error}") from error
+    _require(takes_eta or s.eta == 0, "sample.eta", s.eta, f"sampler {s.sampler} has no such option: use ddim, or eta = 0")
     try:
         spaced_timesteps(d.num_steps if s.num_steps is None else s.num_steps, d.num_steps, s.spacing, schedule.log_snr)
     except ValueError as error:

@@ -65,9 +65,8 @@ VALID = {
     "train.batch_size": [4, 128],
     "train.num_steps": [1, 800_000],
     "train.keep_every_steps": [None, 10],
-    "sample.sampler": ["ddpm", "ddim"],
+    "sample.sampler": ["ddpm", "ddim", "dpmpp_2m"],
     "sample.num_steps": [None, 1, 100],
-    "sample.eta": [0.0, 0.5, 1.0],
     "sample.threshold": ["static", "dynamic", "none"],
     "sample.guidance_interval": [None, (0.0, 0.5), (0.28, 2.9)],
     "sample.guidance_rescale": [0.0, 0.7, 1.0],
@@ -311,6 +310,12 @@ def test_objectives_that_go_together(values):
     values = {f"diffusion.{name}": value for name, value in values.items()} | {"sample.num_steps": None}
     config = override(Config(), values)
     assert bool(config_schedule(config).alpha_bar[-1] == 0) == config.diffusion.zero_terminal_snr
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "heun", "unipc"])
+def test_eta_is_refused_by_samplers_that_have_none(sampler):
+    one_line_error(override, Config(), {"sample.sampler": sampler, "sample.eta": 0.5}, fragments=["sample.eta = 0.5", sampler])
+    override(Config(), {"sample.sampler": "ddim", "sample.eta": 0.5})
 
 
 def test_guidance_needs_classes_and_label_dropout():
