@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddpm_jax import cli
+from ddpm_jax.checkpoint import run_folder
 from ddpm_jax.data import load_images
 from ddpm_jax.errors import InputError
 from ddpm_jax.evaluation.bits_per_dim import Scoring, evaluate_bits_per_dim
@@ -70,8 +71,7 @@ def main(argv: Sequence[str]) -> None:
     if args.out is not None and args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder: give the name of a file in it")
     model = load(args.ckpt, args.weights)
-    step_folder = args.ckpt.absolute()
-    run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
+    folder = run_folder(args.ckpt)
     source = model.config.data.source if args.data is None else args.data
     image_set = load_images(dataclasses.replace(model.config.data, source=source))
     count = len(image_set.images) - args.first_image if args.num_images is None else args.num_images
@@ -82,9 +82,9 @@ def main(argv: Sequence[str]) -> None:
     for name in metrics:
         scoring = Scoring(name, args.seed, args.ode_steps, args.ode_probes)  # type: ignore[arg-type]
         result[name] = evaluate_bits_per_dim(
-            model, image_set, run_folder / "bits_per_dim.jsonl", scoring, args.first_image, count, args.batch_size
+            model, image_set, folder / "bits_per_dim.jsonl", scoring, args.first_image, count, args.batch_size
         )
-    with whole_file(args.out or run_folder / "evaluation.json") as file:
+    with whole_file(args.out or folder / "evaluation.json") as file:
         file.write((json.dumps(result, indent=2) + "\n").encode())
     short = {k: {n: x for n, x in v.items() if n != "L_t"} if isinstance(v, dict) else v for k, v in result.items()}
     print(json.dumps(short, indent=2))

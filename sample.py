@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_jax import cli
+from ddpm_jax.checkpoint import run_folder
 from ddpm_jax.config import Threshold
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
@@ -84,9 +85,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"unknown sampler {args.sampler!r}: choose one of {', '.join(SAMPLERS)}")
     check_edit(args, args.out.suffix.lower() if args.out else "")
     model = load(args.ckpt, args.weights)
-    step_folder = args.ckpt.absolute()
-    run_folder = step_folder.parents[1] if step_folder.parent.name == "checkpoints" else args.ckpt
-    out = args.out or run_folder / "samples.png"
+    out = args.out or run_folder(args.ckpt) / "samples.png"
     kind = check_output(out, model.image_shape[-1])
     names = (
         "sampler", "num_steps", "eta", "spacing", "threshold", "guidance", "guidance_interval", "guidance_rescale",

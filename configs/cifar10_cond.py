@@ -10,15 +10,8 @@ Differs from configs/cifar10.py: classes, of which one label in ten is left open
 0.2 to do equally well). Without guidance (the default, 1) it draws from the classes as they are.
 """
 
-from ddpm_jax import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
+from pathlib import Path
 
-config = Config(
-    data=DataConfig(source="cifar10_train.npz", image_shape=(32, 32, 3), flip=True),
-    diffusion=DiffusionConfig(schedule="linear", num_steps=1000, prediction="eps", variance="fixed_large", label_dropout=0.1),
-    model=ModelConfig(
-        channels=128, multipliers=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, num_classes=10
-    ),
-    optim=OptimConfig(learning_rate=2e-4, warmup_steps=5000, clip_norm=1.0, ema_decay=0.9999),
-    train=TrainConfig(batch_size=128, num_steps=800_000),
-    sample=SampleConfig(sampler="ddpm", num_steps=None),
-)
+from ddpm_jax import load_config
+
+config = load_config(Path(__file__).with_name("cifar10.py"), {"model.num_classes": 10, "diffusion.label_dropout": 0.1})

@@ -115,6 +115,12 @@ def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | No
     return None
 
 
+def run_folder(path: Path) -> Path:
+    """The run folder of a path that load_weights takes."""
+    step_folder = path.absolute()
+    return step_folder.parents[1] if step_folder.parent.name == "checkpoints" else path
+
+
 def newest_step(workdir: Path) -> int | None:
     """The step of a run folder's newest checkpoint, readable or not."""
     newest = next(_newest_first(workdir / "checkpoints"), None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import load_script, one_line_error
 from orbax.checkpoint import v1 as ocp
-from training.networks import PixelNet
+from training.networks import make_pixel_net
 
 import ddpm_jax as ddpm
 from ddpm_jax import inference
@@ -29,10 +29,6 @@ NAMES = ["decay:0.5", "ema:0.05", "ema:0.1"]
 def compile_for(mesh, function, **options):
     """Compiled quickly."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
-
-
-def make_pixel_net(config, channels, learn_variance=False, num_steps=1000):
-    return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,6 @@ image_to_image   x_t ~ q(x_t | x0) of an image, and sampling from there    SDEdi
 inpaint          at every step the known pixels ~ q, the others ~ p        RePaint, Lugmayr et al. (2022)
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ddpm_jax.diffusion.process import AnyKey, Denoiser, Variance, as_keys, at, normal, q_sample
-from ddpm_jax.diffusion.samplers import Sampler, find_sampler, sample, visit
+from ddpm_jax.diffusion.process import AnyKey, Denoiser, Variance, as_keys, at, fold_in, normal, q_sample, q_sample_prev
+from ddpm_jax.diffusion.samplers import Sampler, find_sampler, sample, visit, with_options
 from ddpm_jax.diffusion.schedule import Schedule, Spacing, spaced_timesteps
 
 
@@ -75,7 +74,7 @@ def image_to_image(
     start = round(strength * schedule.num_steps) - 1
     if start < 0:
         return x0[None] if settings.get("trajectory") else x0
-    eps = normal(_fold_in(key, schedule.num_steps), x0.shape)  # the key that `sample` draws x_T from
+    eps = normal(fold_in(key, schedule.num_steps), x0.shape)  # the key that `sample` draws x_T from
     x_init = q_sample(schedule, x0, jnp.full(x0.shape[:1], start, jnp.int32), eps)
     num_steps = start + 1 if num_steps is None else min(num_steps, start + 1)
     return sample(key, schedule, denoiser, x0.shape, num_steps=num_steps, x_init=x_init, start=start, **settings)
@@ -120,11 +119,7 @@ def inpaint(
     Raises:
         ValueError: a sampler with memory, or a number out of range.
     """
-    method = sampler_without_memory(sampler)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], not {eta}")
-    options = {name: value for name, value in {"eta": eta, "variance": variance}.items() if name in method.options}
-    method = method._replace(step=functools.partial(method.step, **options))
+    method = with_options(sampler_without_memory(sampler), eta, variance)
     num_steps = schedule.num_steps if num_steps is None else num_steps
     timesteps = spaced_timesteps(num_steps, schedule.num_steps, spacing, schedule.log_snr)
     moves = repaint_moves(num_steps, jump_length, num_resamples)
@@ -188,25 +183,20 @@ def _repaint(
 
     def body(x: Float[Array, "*shape"], move: tuple[Int[Array, ""], Int[Array, " 2"]]) -> tuple[Float[Array, "*shape"], None]:
         position, (index, down) = move
-        move_key = _fold_in(key, total_steps + 1 + position)  # below are the keys of `sample`
+        move_key = fold_in(key, total_steps + 1 + position)  # below are the keys of `sample`
         t = jnp.full(x.shape[:1], index, jnp.int32)
-        eps = normal(_fold_in(move_key, 0), x.shape)
+        eps = normal(fold_in(move_key, 0), x.shape)
 
         def toward_image(xt: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
             # Differs from the paper's Eq. 8a, which writes alpha_bar_t: the known pixels are to be as noisy as x_{t-1}.
-            known = at(jnp.sqrt(schedule.alpha_bar_prev), t, x0) * x0 + at(schedule.sqrt_one_minus_alpha_bar_prev, t, x0) * eps
-            return jnp.where(mask, method.step(_fold_in(move_key, 1), schedule, denoise, xt, t), known)
+            known = q_sample_prev(schedule, x0, t, eps)
+            return jnp.where(mask, method.step(fold_in(move_key, 1), schedule, denoise, xt, t), known)
 
         def toward_noise(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
             return at(jnp.sqrt(1.0 - schedule.beta), t, x) * x + at(jnp.sqrt(schedule.beta), t, x) * eps
 
         return jax.lax.cond(down == 1, toward_image, toward_noise, x), None
 
-    x = normal(_fold_in(key, total_steps), x0.shape)
+    x = normal(fold_in(key, total_steps), x0.shape)
     x, _ = jax.lax.scan(body, x, (jnp.arange(len(moves), dtype=jnp.int32), jnp.asarray(moves)))
     return x
-
-
-def _fold_in(key: AnyKey, index: Int[Array, ""] | int) -> AnyKey:
-    key, index = as_keys(key), jnp.asarray(index, jnp.int32)
-    return jax.random.fold_in(key, index) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, index)

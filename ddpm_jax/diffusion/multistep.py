@@ -17,7 +17,7 @@ orders of convergence are the same, and few steps don't overshoot.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ddpm_jax.diffusion.process import AnyKey, Denoiser, at, normal
+from ddpm_jax.diffusion.process import AnyKey, Denoiser, at, normal, q_sample_prev
 from ddpm_jax.diffusion.schedule import Schedule
 
 MAX_GROWTH = 1.1  # of the step length, above which there is no third order; rounded timesteps stay below it in fine schedules
@@ -30,7 +30,7 @@ def dpmpp_2m_step(
 ) -> tuple[Float[Array, "*shape"], Memory]:
     """DPM-Solver++(2M), algorithm 2 of Lu et al. (2022), arXiv:2211.01095; memory: x0 of the last step."""
     x0, eps, _ = denoiser(xt, t)
-    mean = at(jnp.sqrt(schedule.alpha_bar_prev), t, xt) * x0 + at(schedule.sqrt_one_minus_alpha_bar_prev, t, xt) * eps
+    mean = q_sample_prev(schedule, x0, t, eps)
     return mean + at(_line(schedule), t, xt) * (x0 - memory[0]), (x0,)
 
 
@@ -47,7 +47,7 @@ def dpmpp_3m_step(
     bend = (square + h1 * linear) / (h1 + h2)
     newer_gain = jnp.where(third, a_end * (linear + bend) / h1, _line(schedule))
     older_gain = jnp.where(third, -a_end * bend / h2, 0.0)
-    mean = at(a_end, t, xt) * x0 + at(schedule.sqrt_one_minus_alpha_bar_prev, t, xt) * eps
+    mean = q_sample_prev(schedule, x0, t, eps)
     return mean + at(newer_gain, t, xt) * (x0 - last) + at(older_gain, t, xt) * (last - older), (x0, last)
 
 

@@ -61,6 +61,13 @@ def q_sample(
     return at(schedule.sqrt_alpha_bar, t, x0) * x0 + at(schedule.sqrt_one_minus_alpha_bar, t, x0) * eps
 
 
+def q_sample_prev(
+    schedule: Schedule, x0: Float[Array, "*shape"], t: Int[Array, "*batch"], eps: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """x_{t-1} of the same x0 and eps, sqrt(alpha_bar_{t-1}) x0 + sqrt(1 - alpha_bar_{t-1}) eps; at t = 0 x0 itself."""
+    return at(jnp.sqrt(schedule.alpha_bar_prev), t, x0) * x0 + at(schedule.sqrt_one_minus_alpha_bar_prev, t, x0) * eps
+
+
 def q_posterior(
     schedule: Schedule, x0: Float[Array, "*shape"], xt: Float[Array, "*shape"], t: Int[Array, "*batch"]
 ) -> tuple[Float[Array, "*shape"], Float[Array, "..."], Float[Array, "..."]]:
@@ -265,6 +272,12 @@ def p_log_variance(schedule: Schedule, variance: Variance = "fixed_large") -> Fl
 def as_keys(key: AnyKey) -> Key[Array, "..."]:
     """The key as a typed one: jax.random.PRNGKey's raw uint32 arrays are taken too."""
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def fold_in(key: AnyKey, index: Int[Array, ""] | int) -> Key[Array, "..."]:
+    """`jax.random.fold_in` of one key, or of one key for each row [B]."""
+    keys, index = as_keys(key), jnp.asarray(index, jnp.int32)
+    return jax.random.fold_in(keys, index) if keys.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
 
 
 def normal(key: AnyKey, shape: tuple[int, ...]) -> Float[Array, "*shape"]:

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 from ddpm_jax.diffusion.multistep import dpmpp_2m_sde_step, dpmpp_2m_step, dpmpp_3m_step, unipc_step
 from ddpm_jax.diffusion.process import (
     AnyKey,
-    Denoised,
     Denoiser,
     NetworkDenoiser,
     Variance,
     as_keys,
+    fold_in,
     normal,
     p_log_variance,
     p_sample,
@@ -68,6 +68,14 @@ def find_sampler(sampler: str | Sampler) -> Sampler:
     return SAMPLERS[sampler]
 
 
+def with_options(method: Sampler, eta: float, variance: Variance) -> Sampler:
+    """The sampler with those options bound that its step takes. Raises ValueError where eta leaves [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], not {eta}")
+    options = {name: value for name, value in {"eta": eta, "variance": variance}.items() if name in method.options}
+    return method._replace(step=functools.partial(method.step, **options))
+
+
 def sample(
     key: AnyKey,
     schedule: Schedule,
@@ -111,8 +119,6 @@ def sample(
     method = find_sampler(sampler)
     if variance != "learned_range":
         p_log_variance(schedule, variance)  # an unknown name is an error with every sampler
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], not {eta}")
     if x_init is not None and x_init.shape != tuple(shape):
         raise ValueError(f"x_init has shape {x_init.shape}, not {tuple(shape)}")
     if start is not None and not 0 <= start < schedule.num_steps:
@@ -126,8 +132,7 @@ def sample(
     learned = "variance" in method.options and variance == "learned_range"
     if learned and num_steps < schedule.num_steps and not isinstance(denoiser, NetworkDenoiser):
         raise ValueError(f"variance learned_range in {num_steps} of {schedule.num_steps} steps: use make_denoiser's denoiser")
-    options = {name: value for name, value in {"eta": eta, "variance": variance}.items() if name in method.options}
-    method = method._replace(step=functools.partial(method.step, **options))
+    method = with_options(method, eta, variance)
 
     def run(key: AnyKey, schedule: Schedule, x_init: Float[Array, "*shape"] | None) -> Float[Array, "..."]:
         return _reverse(key, schedule, denoiser, method, timesteps, shape, x_init, num_frames)
@@ -137,13 +142,13 @@ def sample(
 
 def visit(schedule: Schedule, denoiser: Denoiser, timesteps: Int[np.ndarray, " K"]) -> tuple[Schedule, Denoiser]:
     """Schedule and denoiser of the process that visits only `timesteps`, ascending; their t counts them, 0 ... K-1."""
+    if len(timesteps) == schedule.num_steps:
+        return schedule, denoiser
     visited = jnp.asarray(timesteps)
-    short = respace(schedule, visited) if len(timesteps) < schedule.num_steps else schedule
-
-    def denoise(x: Float[Array, "*shape"], t: Int[Array, "*batch"]) -> Denoised:
-        return denoiser.visiting(visited)(x, t) if isinstance(denoiser, NetworkDenoiser) else denoiser(x, visited[t])
-
-    return short, denoise
+    short = respace(schedule, visited)
+    if isinstance(denoiser, NetworkDenoiser):
+        return short, denoiser.visiting(visited)
+    return short, lambda xt, t: denoiser(xt, visited[t])
 
 
 def _reverse(
@@ -171,7 +176,7 @@ def _reverse(
     def body(carry: Carry, position: tuple[Int[Array, ""], Int[Array, ""]]) -> tuple[Carry, None]:
         x, memory, frames = carry
         index, slot = position
-        arguments = (_fold_in(key, visited[index]), schedule, denoise, x, jnp.full(shape[:1], index, jnp.int32))
+        arguments = (fold_in(key, visited[index]), schedule, denoise, x, jnp.full(shape[:1], index, jnp.int32))
         if method.memory:
             x, memory = method.step(*arguments, memory)
         else:
@@ -179,13 +184,9 @@ def _reverse(
         return (x, memory, frames.at[slot].set(x) if num_frames else frames), None
 
     # Timesteps 0 ... T-1 name the keys of the steps, T that of x_T, which so is the same for any number of steps.
-    x = normal(_fold_in(key, jnp.int32(total_steps)), shape) if x_init is None else x_init
+    x = normal(fold_in(key, total_steps), shape) if x_init is None else x_init
     frames = jnp.broadcast_to(x[None], (num_frames, *shape))
     positions = (jnp.arange(num_steps - 1, -1, -1, dtype=jnp.int32), slots)
     memory = (jnp.zeros_like(x),) * method.memory
     (x, _, frames), _ = jax.lax.scan(body, (x, memory, frames), positions)
     return frames if num_frames else x
-
-
-def _fold_in(key: AnyKey, index: Int[Array, ""]) -> AnyKey:
-    return jax.random.fold_in(key, index) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, index)

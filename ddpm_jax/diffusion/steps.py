@@ -13,7 +13,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ddpm_jax.diffusion.process import AnyKey, Denoiser, at, normal
+from ddpm_jax.diffusion.process import AnyKey, Denoiser, at, normal, q_sample_prev
 from ddpm_jax.diffusion.schedule import Schedule
 
 MAX_RATIO = math.e**2  # of sigma at the start of a step to sigma at its end, for Heun's method
@@ -47,7 +47,7 @@ def euler_step(
     and defined for a = 0, where sigma is infinite, too.
     """
     x0, eps, _ = denoiser(xt, t)
-    return at(jnp.sqrt(schedule.alpha_bar_prev), t, xt) * x0 + at(schedule.sqrt_one_minus_alpha_bar_prev, t, xt) * eps
+    return q_sample_prev(schedule, x0, t, eps)
 
 
 def heun_step(
@@ -62,7 +62,7 @@ def heun_step(
     x0, eps, _ = denoiser(xt, t)
     a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
     a_end, s_end = jnp.sqrt(schedule.alpha_bar_prev), schedule.sqrt_one_minus_alpha_bar_prev
-    end = at(a_end, t, xt) * x0 + at(s_end, t, xt) * eps
+    end = q_sample_prev(schedule, x0, t, eps)
     after = denoiser(end, jnp.maximum(t - 1, 0)).eps
     gain = jnp.where(s * a_end <= MAX_RATIO * s_end * a, (s_end - a_end * s / a) / 2.0, 0.0)
     return end + at(gain, t, xt) * (after - eps)

@@ -6,9 +6,9 @@ import mixture
 import numpy as np
 import pytest
 import reference
+from test_solvers import exact
 
-from ddpm_jax import Denoised, invert, make_schedule, sample
-from ddpm_jax.diffusion.process import at
+from ddpm_jax import invert, make_schedule, sample
 
 GREY_LEVEL = 1 / 127.5
 BETAS = reference.cosine_betas(1000)
@@ -22,15 +22,6 @@ def schedule():
 @pytest.fixture(scope="module")
 def images():
     return mixture.draw(np.random.default_rng(0), 200)
-
-
-def exact(schedule):
-    def denoiser(xt, t):
-        a, s = at(schedule.sqrt_alpha_bar, t, xt), at(schedule.sqrt_one_minus_alpha_bar, t, xt)
-        x0 = mixture.denoise(jnp, xt, a, s)
-        return Denoised(x0, (xt - a * x0) / s)
-
-    return denoiser
 
 
 @pytest.mark.parametrize("spacing", ["uniform", "quadratic"])

@@ -30,3 +30,8 @@ class PixelNet(UNet):
             h = h if labels is None else h + classes[:, None, None]
         h = nn.Dropout(self.dropout)(nn.tanh(h), deterministic=not train)
         return nn.Dense(self.out_channels)(h)
+
+
+def make_pixel_net(config, channels, learn_variance=False, num_steps=1000):
+    """In the place of make_unet."""
+    return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)

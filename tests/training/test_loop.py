@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import PixelNet
+from networks import make_pixel_net
 from PIL import Image
 
 from ddpm_jax import inference
@@ -29,11 +29,6 @@ from ddpm_jax.parallel import compile_at_first_call, make_mesh, replicated
 from ddpm_jax.training import loop
 from ddpm_jax.training.step import make_train_step as library_train_step
 from ddpm_jax.training.step import make_train_steps as library_train_steps
-
-
-def make_pixel_net(config, channels, learn_variance=False, num_steps=1000):
-    return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)
-
 
 COMPILED = {}
 
