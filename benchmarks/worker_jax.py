@@ -35,12 +35,13 @@ def make_config(case: Case, batch_size: int) -> Config:
         data=DataConfig(image_shape=case.image_shape),
         diffusion=DiffusionConfig(),
         model=ModelConfig(
-            case.channels, case.multipliers, case.num_res_blocks, case.attention_resolutions, case.dropout, case.num_groups,
+            channels=case.channels, multipliers=case.multipliers, num_res_blocks=case.num_res_blocks,
+            attention_resolutions=case.attention_resolutions, dropout=case.dropout, num_groups=case.num_groups,
             space_to_depth=case.space_to_depth,
         ),
         optim=OptimConfig(learning_rate=case.learning_rate),
         train=TrainConfig(batch_size=batch_size, steps_per_dispatch=case.steps_per_dispatch),
-        sample=SampleConfig("ddim", DDIM_STEPS),
+        sample=SampleConfig(sampler="ddim", num_steps=DDIM_STEPS),
     )  # fmt: skip
 
 
