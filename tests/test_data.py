@@ -20,8 +20,9 @@ from hypothesis import given
 from ddpm_jax import Config, DataConfig
 from ddpm_jax.config import override
 from ddpm_jax.data import ImageSet, batches, load_images
+from ddpm_jax.data.arrays import load_arrays
 from ddpm_jax.data.pipeline import epoch_order, make_order
-from ddpm_jax.data.sources import load_arrays, load_packaged
+from ddpm_jax.data.sources import load_packaged
 from ddpm_jax.parallel import make_mesh
 
 # Of the original IDX files: zcat t10k-images-idx3-ubyte.gz | tail -c +17 | sha256sum, and the labels' tail -c +9.
@@ -182,7 +183,7 @@ def test_bad_arrays(tmp_path, images, fragments, ending):
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_a_bad_pixel_in_the_last_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_jax.data.sources.CHUNK_ELEMENTS", 300)  # two images at a time
+    monkeypatch.setattr("ddpm_jax.data.arrays.CHUNK_ELEMENTS", 300)  # two images at a time
     images = FLOATS.copy()
     images[4, 7, 5, 2] = 1.5
     np.save(tmp_path / "set.npy", images)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 
 from ddpm_jax.config import Config
-from ddpm_jax.data.sources import ImageSet
+from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.parallel import batch_sharding, compile_for, put, replicated
 
 
