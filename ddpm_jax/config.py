@@ -222,6 +222,7 @@ HARMLESS = (
     "train.snapshot_every_steps",
     "train.preview_every_steps",
     "train.preview_images",
+    "data.max_unusable",
     "data.device_megabytes",
     "data.num_workers",
     *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)),
@@ -292,6 +293,8 @@ def differences(old: Config, new: Config) -> list[str]:
     harmless = set(HARMLESS)
     if new.optim.decay == "cosine":
         harmless.remove("train.num_steps")  # the learning rate of every step depends on it
+    if not (old.data.class_names and new.data.class_names):
+        harmless.add("data.class_names")  # older runs have none; other names would be other classes
     changed = [name for name in before if before[name] != after[name] and name not in harmless]
     return [f"{name}: {before[name]} -> {after[name]}" for name in changed]
 

@@ -126,7 +126,7 @@ def records(workdir):
 
 
 def without_speed(rows):
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("images_per_second", "data_wait")} for row in rows]
 
 
 def checkpoints(workdir):
