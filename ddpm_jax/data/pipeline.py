@@ -1,7 +1,7 @@
 """The way of training images to the devices: whole and once for a small set, a dispatch at a time for a large one."""
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -118,38 +118,59 @@ def _streamed(
     mesh: Mesh,
     starts: Iterable[int],
 ) -> Iterator[Batch]:
-    most, batch_size = config.train.steps_per_dispatch, config.train.batch_size
     steps = np.fromiter(starts, np.int64)
-    counts = np.minimum(np.diff(steps, append=config.train.num_steps), most).clip(1)
-    rows, split = rows_held(mesh, batch_size), batch_sharding(mesh, axis=1)
-    random = config.data.framing == "random"
+    counts = np.minimum(np.diff(steps, append=config.train.num_steps), config.train.steps_per_dispatch).clip(1)
+    read = _make_read(config, images, labels, order, mesh)
 
-    def read(number: int) -> Batch:
-        step, count = int(steps[number]), int(counts[number])
-        places = order(step, count)[:, rows]
-        draws = None
-        if random:
-            crops = crop_draws(config.seed, step * batch_size, (step + count) * batch_size)
-            draws = crops.reshape(count, batch_size, 3)[:, rows].reshape(-1, 3)
-        chosen = places.ravel()
-        found = images.read(chosen, draws) if isinstance(images, StoredImages) else np.asarray(images[chosen])
-        local = Batch(
-            _stacked(found, places.shape, most), None if labels is None else _stacked(labels[chosen], places.shape, most)
-        )
-        return jax.tree.map(lambda array: put_rows(array, split, (most, batch_size, *array.shape[2:])), local)
+    def dispatch(number: int) -> Batch | Exception:
+        try:
+            return read(int(steps[number]), int(counts[number]))
+        except Exception as error:  # handed over as it is: grain would add lines of its own to the message
+            return error
 
     workers = config.data.num_workers
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + DISPATCHES_AHEAD)
-    stream: Any = iter(grain.MapDataset.range(len(steps)).map(read).to_iter_dataset(options))
+    stream: Any = iter(grain.MapDataset.range(len(steps)).map(dispatch).to_iter_dataset(options))
     try:
-        yield from stream
+        for batch in stream:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
     finally:
         stream.close()
 
 
-def _stacked(found: Shaped[np.ndarray, "N *rest"], shape: tuple[int, ...], most: int) -> Shaped[np.ndarray, "K R *rest"]:
-    """What was read for count x R places as [K, R, ...], zeros beyond count."""
-    found = found.reshape(*shape, *found.shape[1:])
-    if shape[0] == most:
-        return found
-    return np.concatenate([found, np.zeros((most - shape[0], *found.shape[1:]), found.dtype)])
+def _make_read(
+    config: Config, images: np.ndarray | StoredImages, labels: Int[np.ndarray, " N"] | None, order: Order, mesh: Mesh
+) -> Callable[[int, int], Batch]:
+    """The function (step, count) -> batches [K, B, ...] on the devices, of which this process reads the rows that it holds."""
+    most, batch_size = config.train.steps_per_dispatch, config.train.batch_size
+    rows, split = rows_held(mesh, batch_size), batch_sharding(mesh, axis=1)
+
+    def read(step: int, count: int) -> Batch:
+        places = order(step, count)[:, rows]
+        chosen = places.ravel()
+        if isinstance(images, StoredImages):
+            draws = None
+            if config.data.framing == "random":
+                crops = crop_draws(config.seed, step * batch_size, (step + count) * batch_size)
+                draws = crops.reshape(count, batch_size, 3)[:, rows].reshape(-1, 3)
+            found = images.read(chosen, draws)
+        else:
+            found = np.asarray(images[chosen])  # a plain array, whatever the file was mapped as
+        local = _stacked(Batch(found, None if labels is None else labels[chosen]), places.shape, most)
+        return jax.tree.map(lambda array: put_rows(array, split, (most, batch_size, *array.shape[2:])), local)
+
+    return read
+
+
+def _stacked(found: Batch, shape: tuple[int, ...], most: int) -> Batch:
+    """What was read for count x R places, [count * R, ...], as [K, R, ...] with zeros beyond count."""
+
+    def stack(array: np.ndarray) -> np.ndarray:
+        array = array.reshape(*shape, *array.shape[1:])
+        if shape[0] == most:
+            return array
+        return np.concatenate([array, np.zeros((most - shape[0], *array.shape[1:]), array.dtype)])
+
+    return jax.tree.map(stack, found)
