@@ -1,7 +1,7 @@
 """DDPM on CIFAR-10 with its ten classes: the recipe of configs/cifar10.py with labels, for classifier-free guidance.
 
     python train.py --config configs/cifar10_cond.py --workdir runs/cifar10_cond --data.source cifar10_train.npz
-    python sample.py --ckpt runs/cifar10_cond --labels 3 --guidance 2
+    python sample.py --ckpt runs/cifar10_cond --label 3 --guidance 2
 
 Data: an .npz file with the 50,000 training images as "images", uint8 [50000, 32, 32, 3], and their classes as "labels".
 Hardware: that of the unconditional recipe, 8 cores of a TPU v3, 800,000 steps.

@@ -9,7 +9,7 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Shaped, UInt8
+from jaxtyping import Array, Int, Shaped
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddpm_jax.config import Config
@@ -75,9 +75,9 @@ def stays_on_device(config: Config, image_set: ImageSet) -> bool:
     return image_set.images.nbytes <= config.data.device_megabytes * 2**20 and not changes
 
 
-def read_all(images: StoredImages, num_workers: int) -> UInt8[np.ndarray, "N H W C"]:
+def read_all(images: StoredImages, num_workers: int) -> Shaped[np.ndarray, "N H W C"]:
     """All images of a set, decoded by several threads; a progress bar is shown on a terminal if it takes a while."""
-    whole = np.empty(images.shape, np.uint8)
+    whole = np.empty(images.shape, images.dtype)
     starts = range(0, len(images), PIECE)
 
     def read(start: int) -> None:
