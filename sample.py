@@ -3,6 +3,7 @@
     python sample.py --ckpt runs/fashion_mnist                         a grid, samples.png in the run folder
     python sample.py --list-samplers                                   the samplers and what is to be known of them
     python sample.py --ckpt runs/cifar10 --num-images 64 --sampler ddim --num-steps 50 --seed 0 --out samples.gif
+    python sample.py --ckpt runs/fashion_mnist_cond --labels "ankle boot,bag"
     python sample.py --ckpt runs/cifar10 --interpolate 3 7             from image 3 of the seed to image 7
     python sample.py --ckpt runs/cifar10 --init cat.png --strength 0.6  images that resemble cat.png
     python sample.py --ckpt runs/cifar10 --init cat.png --mask mask.png  cat.png painted anew where mask.png is white
@@ -14,6 +15,7 @@ What is written follows from the ending of --out: .png (a grid), .gif (the way f
 import dataclasses
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from ddpm_jax.edit_options import EditOptions, check_edit, draw
 from ddpm_jax.errors import InputError
 from ddpm_jax.images import check_output, save_output
 from ddpm_jax.inference import load
+from ddpm_jax.labels import find_labels
 from ddpm_jax.metrics import sample_progress
 
 GIF_FRAMES = 40
@@ -60,8 +63,8 @@ class Arguments(EditOptions):
     """Which timesteps are visited."""
     threshold: Threshold | None = None
     """What is done with an x0 outside [-1, 1]."""
-    label: int | None = None
-    """Class of all images; None: image i shows class i mod the number of classes."""
+    labels: str | None = None
+    """Classes by name or number, such as sneaker or "ankle boot,9", which the images show by turns; None: all classes."""
     guidance: float | None = None
     """How strongly images follow their class: 1 as learnt, above 1 more strongly, 0 not at all."""
     guidance_interval: tuple[float, float] | None = None
@@ -75,6 +78,7 @@ class Arguments(EditOptions):
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, draw and write."""
     known = {field.name for field in dataclasses.fields(Arguments)}
+    argv = [re.sub(r"^--label(?==|$)", "--labels", token) for token in argv]  # as it was called before there were names
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
     if args.list_samplers:
         print(sampler_table())
@@ -85,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"unknown sampler {args.sampler!r}: choose one of {', '.join(SAMPLERS)}")
     check_edit(args, args.out.suffix.lower() if args.out else "")
     model = load(args.ckpt, args.weights)
+    labels = None if args.labels is None else find_labels(model.config.data, args.labels, args.num_images)
     out = args.out or run_folder(args.ckpt) / "samples.png"
     kind = check_output(out, model.image_shape[-1])
     names = (
@@ -94,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {name: getattr(args, name) for name in names}
     frames = GIF_FRAMES if kind == ".gif" else 0
     with sample_progress(args.num_images) as on_batch:
-        images = draw(model, args, args.num_images, args.seed, args.label, frames, on_batch, settings)
+        images = draw(model, args, args.num_images, args.seed, labels, frames, on_batch, settings)
     save_output(out, kind, images)
     used = model.config.sample
     sampler = args.sampler or ("ddpm" if args.mask else used.sampler)

@@ -2,7 +2,7 @@
 
     python train.py --config configs/fashion_mnist_cond.py
     python sample.py --ckpt runs/fashion_mnist_cond --num-images 100 --out classes.png
-    python sample.py --ckpt runs/fashion_mnist_cond --label 7 --guidance 3
+    python sample.py --ckpt runs/fashion_mnist_cond --labels sneaker --guidance 3
 
 Image i shows class i mod 10, so that a grid of 100 has a column for each class: t-shirt, trouser, pullover, dress, coat,
 sandal, shirt, sneaker, bag, ankle boot. --guidance 0 leaves the class open.

@@ -14,17 +14,33 @@ from ddpm_jax.diffusion.schedule import ScheduleKind, Spacing
 from ddpm_jax.errors import InputError
 from ddpm_jax.validation import validate
 
+Framing = Literal["center", "random", "pad"]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The images to learn from."""
 
     source: str = "fashion_mnist"
-    """Packaged set ("fashion_mnist"), or the path of an .npy or .npz file (arrays "images" and, if any, "labels")."""
+    """Packaged set ("fashion_mnist"), the path of an .npy or .npz file, of a folder with images, arrays or what prepare.py has
+    made, "tfds:NAME" (or just the name) for TensorFlow Datasets, or "hf:NAME" for Hugging Face datasets."""
+    split: str = "train"
+    """Which part of a set of TensorFlow Datasets or Hugging Face, such as "train", "test" or "train[:90%]"."""
     image_shape: tuple[int, int, int] | None = None
-    """Height, width and channels; taken from the data where not given, checked against them where given."""
+    """Height, width and channels; taken from the data where not given. Images of other sizes are framed to it."""
+    framing: Framing = "center"
+    """How an image is brought to image_shape: the largest piece of its shape from the middle, one of 0.8 to 1 times that size
+    from a random place, or the whole image on a white background; then resized."""
     flip: bool = False
     """Whether each image is mirrored left to right with probability 1/2."""
+    sampling: Literal["natural", "balanced"] = "natural"
+    """Whether each image is seen once an epoch, or each class equally often."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes; taken from the data where not given."""
+    max_unusable: float = 0.01
+    """Share of files in a folder that may be unusable, and are skipped; if there are more, training doesn't start."""
+    num_workers: int = 2
+    """Threads that read and decode images ahead of the devices."""
     device_megabytes: int = 512
     """Sets up to this size are kept on the device whole; larger ones are sent batch by batch."""
 
@@ -206,7 +222,9 @@ HARMLESS = (
     "train.snapshot_every_steps",
     "train.preview_every_steps",
     "train.preview_images",
+    "data.max_unusable",
     "data.device_megabytes",
+    "data.num_workers",
     *(f"sample.{field.name}" for field in dataclasses.fields(SampleConfig)),
 )
 
@@ -275,6 +293,8 @@ def differences(old: Config, new: Config) -> list[str]:
     harmless = set(HARMLESS)
     if new.optim.decay == "cosine":
         harmless.remove("train.num_steps")  # the learning rate of every step depends on it
+    if not (old.data.class_names and new.data.class_names):
+        harmless.add("data.class_names")  # older runs have none; other names would be other classes
     changed = [name for name in before if before[name] != after[name] and name not in harmless]
     return [f"{name}: {before[name]} -> {after[name]}" for name in changed]
 

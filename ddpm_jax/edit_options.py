@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from ddpm_jax import editing
 from ddpm_jax.errors import InputError
@@ -75,14 +75,14 @@ def draw(
     options: EditOptions,
     num_images: int,
     seed: int,
-    label: int | None,
+    labels: int | Int[np.ndarray, " N"] | None,
     num_frames: int,
     on_batch: Callable[[int], None],
     settings: dict[str, Any],
 ) -> UInt8[np.ndarray, "... N H W C"]:
     """The images that the options ask for: those of model.sample, or edited ones; with num_frames [F, N, H, W, C]."""
     shape, files = model.image_shape, options.init
-    common = {"num_images": num_images, "seed": seed, "labels": label, "on_batch": on_batch, **settings}
+    common = {"num_images": num_images, "seed": seed, "labels": labels, "on_batch": on_batch, **settings}
     if options.named is None:
         return model.sample(num_frames=num_frames, **common)
     if options.named == "interpolate":

@@ -127,13 +127,14 @@ class TrainProgress:
 
 
 class Meter:
-    """Means of the metrics, and images per second, since the last record."""
+    """Means of the metrics, images per second, and the share of time spent waiting for data, since the last record."""
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._values: list[tuple[float, float, float]] = []
         self._since: float | None = None
         self._timed_steps = 0
+        self._waited = 0.0
 
     def add(self, *steps: tuple[float, float, float]) -> None:
         """Take in (loss, grad_norm, learning_rate) of the steps of one dispatch.
@@ -151,6 +152,11 @@ class Meter:
         if self._since is not None:
             self._since += seconds
 
+    def waited(self, seconds: float) -> None:
+        """Take in time in which the loop could do nothing, as the next images were not there."""
+        if self._since is not None:
+            self._waited += seconds
+
     def record(self) -> dict[str, float]:
         """The record of the steps since the last one."""
         now = time.perf_counter()
@@ -158,7 +164,8 @@ class Meter:
         record = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self._values[-1][2]}
         if self._timed_steps and self._since is not None:
             record["images_per_second"] = self._timed_steps * self._batch_size / (now - self._since)
-        self._values, self._since, self._timed_steps = [], now, 0
+            record["data_wait"] = self._waited / (now - self._since)
+        self._values, self._since, self._timed_steps, self._waited = [], now, 0, 0.0
         return record
 
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from ddpm_jax.errors import InputError
 
@@ -110,8 +110,28 @@ def keep_compiled() -> None:
 
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Host arrays as device arrays that lie as the sharding says."""
-    return jax.device_put(tree, sharding)
+    """Host arrays as device arrays that lie as the sharding says; with several processes, each gives the same whole arrays."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def parts(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+
+    return jax.tree.map(parts, tree)
+
+
+def rows_held(mesh: Mesh, batch_size: int, devices: Collection[jax.Device] | None = None) -> Int[np.ndarray, " R"]:
+    """The rows of a batch, split over the mesh, that some of its devices hold; by default those of this process."""
+    held = mesh.local_devices if devices is None else devices
+    places = batch_sharding(mesh).devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[places[device]] for device in held]))
+
+
+def put_rows(local: np.ndarray, sharding: NamedSharding, shape: tuple[int, ...]) -> jax.Array:
+    """The device array of this shape, lying as the sharding says, of which each process gives the rows that it holds."""
+    if sharding.is_fully_addressable:
+        return put(local, sharding)
+    return jax.make_array_from_process_local_data(sharding, local, shape)
 
 
 @functools.cache

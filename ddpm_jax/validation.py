@@ -43,6 +43,7 @@ def validate(config: "Config") -> None:
         "train.keep_last": t.keep_last,
         "train.preview_images": t.preview_images,
         "sample.batch_size": s.batch_size,
+        "data.num_workers": config.data.num_workers,
     }
     optional = {
         "model.num_classes": m.num_classes,
@@ -65,6 +66,7 @@ def validate(config: "Config") -> None:
              "all must lie in (0, 0.2886], the longest being a plain mean")  # fmt: skip
     for name, values in {"optim.ema_decays": o.ema_decays, "optim.ema_lengths": o.ema_lengths}.items():
         _require(len(set(values)) == len(values), name, values, "each value only once")
+    _require(0 <= config.data.max_unusable < 1, "data.max_unusable", config.data.max_unusable, "must lie in [0, 1)")
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
     _require(bool(m.multipliers) and min(m.multipliers) > 0, "model.multipliers", m.multipliers, "must be numbers above 0")

@@ -22,7 +22,7 @@ INPUTS = {"bag": 30, "shirt": 17, "shoe": 0, "trousers": 3, "boot": 23}
 def main(run: str, out: str) -> None:
     """Make the inputs, call sample.py, and put the rows together."""
     packaged = load_packaged("fashion_mnist").images
-    images = {name: packaged[index] for name, index in INPUTS.items()}
+    images = {name: packaged[index : index + 1][0] for name, index in INPUTS.items()}
     lower, square = np.zeros((2, 28, 28, 1), np.uint8)
     lower[14:], square[8:20, 8:20] = 255, 255
     with tempfile.TemporaryDirectory() as place:

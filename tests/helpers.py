@@ -60,7 +60,8 @@ def other_value(hint: Any, value: Any) -> Any:
     if get_origin(hint) is Literal:
         return next(choice for choice in get_args(hint) if choice != value)
     if get_origin(hint) is tuple:
-        return tuple(item + 1 for item in value) if value else (4, 5, 6)[: len(get_args(hint))]
+        items = ("a", "b", "c") if get_args(hint)[0] is str else (4, 5, 6)
+        return tuple(item + 1 for item in value) if value else items[: len(get_args(hint))]
     return {
         bool: lambda: not value,
         int: lambda: (value or 0) + 3,

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,8 +16,9 @@ import pytest
 from helpers import ROOT, field_types, load_script, one_line_error, other_value, replace_fields, run_script, start_script
 from PIL import Image
 
-from ddpm_jax import Config, InputError, NonFiniteLossError, cli, load, load_config
+from ddpm_jax import Config, DataConfig, InputError, NonFiniteLossError, cli, load, load_config
 from ddpm_jax.config import flatten
+from ddpm_jax.data import load_images
 from ddpm_jax.images import make_grid
 
 train, sample = load_script("train.py"), load_script("sample.py")
@@ -602,6 +604,42 @@ def test_options_reach_the_sampler(run, model, tmp_path, caplog, monkeypatch):
              "guidance_rescale": 0.7, "threshold": "dynamic"}  # fmt: skip
     assert {name: calls[0][name] for name in given} == given
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "labels"),
+    [
+        (["--labels", "ankle boot,Bag"], [9, 8, 9, 8, 9]),
+        (["--labels", "sneaker"], 7),
+        (["--labels=3"], 3),
+        (["--label", "3"], 3),
+        (["--label=3"], 3),
+        ([], None),
+    ],
+)
+def test_classes_by_name_or_number(run, model, tmp_path, monkeypatch, argv, labels):
+    """Also by the option's former name."""
+    calls = []
+    names = load_images(DataConfig()).class_names
+    named = replace(model, config=replace_fields(model.config, {"model.num_classes": 10, "data.class_names": names}))
+
+    def draw_nothing(self, num_images, labels, **options):
+        calls.append(labels if labels is None or isinstance(labels, int) else labels.tolist())
+        return np.zeros((num_images, 28, 28, 1), np.uint8)
+
+    monkeypatch.setattr(sample, "load", lambda path, weights: named)
+    monkeypatch.setattr(type(model), "sample", draw_nothing)
+    sample.main(["--ckpt", str(run), "--num-images", "5", "--out", str(tmp_path / "a.npz"), *argv])
+    assert calls == [labels]
+
+
+def test_names_that_no_class_has(tmp_path, monkeypatch, model):
+    fields = {"model.num_classes": 2, "data.class_names": ("cat", "dog")}
+    named = replace(model, config=replace_fields(model.config, fields))
+    monkeypatch.setattr(sample, "load", lambda path, weights: named)
+    argv = ["--ckpt", "run", "--out", str(tmp_path / "a.npz"), "--labels"]
+    one_line_error(sample.main, [*argv, "dig"], fragments=["'dig'", "did you mean 'dog'"])
+    one_line_error(sample.main, [*argv, "cat,2"], fragments=["labels", "0 ... 1"])
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints"])

@@ -171,6 +171,20 @@ def test_meter_leaves_out_all_steps_of_the_first_dispatch(clock):
     assert meter.record()["images_per_second"] == pytest.approx(80 / 6)
 
 
+def test_meter_tells_the_share_of_time_spent_waiting(clock):
+    meter = Meter(batch_size=10)
+    meter.waited(7.0)  # before the clock starts, nothing counts
+    meter.add((1.0, 1.0, 1.0))
+    for _ in range(3):
+        meter.waited(0.5)
+        clock.now += 2
+        meter.add((1.0, 1.0, 1.0))
+    assert meter.record()["data_wait"] == pytest.approx(1.5 / 6)
+    meter.add((1.0, 1.0, 1.0))
+    clock.now += 4
+    assert meter.record()["data_wait"] == 0  # nothing of the last record
+
+
 def test_meter_of_one_step_has_no_speed(clock):
     meter = Meter(batch_size=10)
     meter.exclude(5.0)  # before the first step there is nothing to leave out

@@ -14,8 +14,8 @@ from training.networks import PixelNet
 
 from ddpm_jax import parallel
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig
+from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.pipeline import Batch, batches
-from ddpm_jax.data.sources import ImageSet
 from ddpm_jax.diffusion.losses import simple_loss
 from ddpm_jax.errors import InputError
 from ddpm_jax.models import make_unet

@@ -127,6 +127,7 @@ def metrics(workdir):
         except json.JSONDecodeError:
             continue
         record.pop("images_per_second", None)
+        record.pop("data_wait", None)
         records[record["step"]] = record
     return records
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from ddpm_jax.data.pipeline import make_order
+from ddpm_jax.data.order import make_order
 from ddpm_jax.errors import InputError
 from ddpm_jax.models.classifier import Classifier
 from ddpm_jax.parallel import compile_for, make_mesh

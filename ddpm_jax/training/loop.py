@@ -1,6 +1,5 @@
 """The training loop: data, steps, and what is written along the way, read from top to bottom."""
 
-import dataclasses
 import functools
 import logging
 import math
@@ -8,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +27,7 @@ from ddpm_jax.checkpoint import (
 )
 from ddpm_jax.config import Config, TrainConfig, flatten, override
 from ddpm_jax.data import ImageSet, batches, load_images
+from ddpm_jax.data.pipeline import image_order
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images, make_network
@@ -85,10 +85,13 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         _stop_signals() as stop,
         open_checkpoints(workdir, config) as checkpoints,
         _Recorder(config, workdir, start, mesh, checkpoints) as recorder,
+        closing(batches(config, image_set, mesh, (span.start for span in spans()))) as stream,
     ):
         pending: tuple[range, Metrics] | None = None
         step = start
-        for steps, batch in zip(spans(), batches(config, image_set, mesh, (span.start for span in spans())), strict=True):
+        for steps in spans():
+            with recorder.waiting():
+                batch = next(stream)
             state, metrics = train_steps(state, batch, put(np.int32(len(steps)), replicated(mesh)))
             if pending is not None:  # one dispatch behind, so that the devices never wait for the host
                 recorder.take(*pending)
@@ -126,7 +129,7 @@ def dispatches(config: TrainConfig, start: int) -> Iterator[range]:
 
 
 def fit_to_data(config: Config, image_set: ImageSet) -> Config:
-    """The config with the image shape of the data, once network and data are known to fit each other."""
+    """The config with the image shape of the data, and with classes their names, once network and data are known to fit."""
     height, width, channels = image_set.image_shape
     try:
         make_unet(config.model, channels).check_resolution(height, width)
@@ -137,14 +140,18 @@ def fit_to_data(config: Config, image_set: ImageSet) -> Config:
     if absent:
         resolutions = config.model.attention_resolutions
         raise InputError(f"model.attention_resolutions = {resolutions}: feature maps here have heights {heights}")
-    num_classes = config.model.num_classes
+    image_order(config, image_set)  # raises where it needs labels that are not there
+    num_classes, names = config.model.num_classes, config.data.class_names
     if num_classes is not None:
+        names = names or image_set.class_names
         if image_set.labels is None:
             raise InputError(f"model.num_classes = {num_classes}, but {config.data.source} holds no labels")
         highest = image_set.labels.max()
         if highest >= num_classes:
             raise InputError(f"model.num_classes = {num_classes}, but {config.data.source} holds label {highest}")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_shape=image_set.image_shape))
+        if len(names) not in (0, num_classes):
+            raise InputError(f"model.num_classes = {num_classes}, but there are {len(names)} data.class_names")
+    return override(config, {"data.image_shape": image_set.image_shape, "data.class_names": names})
 
 
 class _Recorder:
@@ -178,6 +185,13 @@ class _Recorder:
             record = self._meter.record()
             self._writer.write(step, record)
             self._progress.report(step, record)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time that is spent on waiting for the next images."""
+        began = time.perf_counter()
+        yield
+        self._meter.waited(time.perf_counter() - began)
 
     def preview_due(self, step: int) -> bool:
         """Whether this step is one that previews are made at; the last one is."""

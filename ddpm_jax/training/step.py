@@ -43,7 +43,7 @@ def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: o
     loss_and_grad = make_loss_and_grad(config, schedule, unet)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = step_key(config.seed, state.step)
         loss, grads, history = loss_and_grad(key, state.params, batch, state.loss_history)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -54,6 +54,11 @@ def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: o
         return TrainState(state.step + 1, params, ema, opt_state, history, averages), metrics
 
     return train_step
+
+
+def step_key(seed: int, step: Int[Array, ""] | int) -> Key[Array, ""]:
+    """The key that all randomness of a training step comes from."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def make_train_steps(train_step: TrainStep, max_count: int) -> TrainSteps:
@@ -90,10 +95,8 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet) -> LossAn
     def loss_and_grad(
         key: Key[Array, ""], params: PyTree, batch: Batch, history: LossHistory | None = None
     ) -> tuple[Float[Array, ""], PyTree, LossHistory | None]:
-        flip_key, t_key, eps_key, dropout_key = jax.random.split(key, 4)
-        x0 = to_float(jnp.asarray(batch.images))
-        if config.data.flip:
-            x0 = random_flip(flip_key, x0)
+        _, t_key, eps_key, dropout_key = jax.random.split(key, 4)
+        x0 = augment(config, key, jnp.asarray(batch.images))
         if config.diffusion.timesteps == "importance":
             assert history is not None
             t, share = draw_by_loss(t_key, history, x0.shape[0])
@@ -137,6 +140,12 @@ def make_loss(config: Config, schedule: Schedule) -> LossFn:
 def to_float(images: Shaped[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """uint8 [0, 255] as x / 127.5 - 1 in [-1, 1]; float32 as it is."""
     return images.astype(jnp.float32) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images
+
+
+def augment(config: Config, key: Key[Array, ""], images: Shaped[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """The images as the network sees them in the step of this key, before noise: in [-1, 1], mirrored if data.flip says so."""
+    x0 = to_float(images)
+    return random_flip(jax.random.split(key, 4)[0], x0) if config.data.flip else x0
 
 
 def random_flip(key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -13,7 +13,7 @@ from training.networks import PixelNet
 import ddpm_jax as ddpm
 from ddpm_jax import inference
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, SampleConfig
-from ddpm_jax.data import ImageSet
+from ddpm_jax.data import ImageSet, StoredImages
 from ddpm_jax.errors import InputError
 from ddpm_jax.evaluation import bits_per_dim as evaluation
 from ddpm_jax.evaluation.bits_per_dim import SCORING, Scoring, evaluate_bits_per_dim
@@ -99,6 +99,24 @@ def test_the_mean_of_what_the_library_says_of_each_image(params, model, scoring,
         assert result["bits_per_dim"] == pytest.approx(sum(parts))
     else:
         assert result.keys() == {"bits_per_dim", "standard_error"}
+
+
+class Decoded(StoredImages):
+    """LEVELS, read when they are asked for."""
+
+    def read(self, indices, draws=None):
+        assert draws is None  # what is scored is never cropped at random
+        return LEVELS[indices]
+
+
+def test_images_that_are_decoded_score_as_an_array(model, scored, tmp_path):
+    """And are known again as what was scored already."""
+    expected = evaluate_bits_per_dim(model, IMAGES, tmp_path / "array", SCORINGS[0])
+    decoded = ImageSet(Decoded(30, (4, 4, 1)), IMAGES.labels)
+    assert evaluate_bits_per_dim(model, decoded, tmp_path / "decoded", SCORINGS[0]) == expected
+    scored.clear()
+    assert evaluate_bits_per_dim(model, decoded, tmp_path / "array", SCORINGS[0]) == expected
+    assert scored == []
 
 
 @pytest.mark.parametrize("scoring", SCORINGS, ids=lambda scoring: scoring.metric)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ from PIL import Image
 from ddpm_jax import inference
 from ddpm_jax.checkpoint import abstract_like, read_config, restore_newest
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
+from ddpm_jax.data import ImageSet, StoredImages, batches
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.parallel import compile_at_first_call, make_mesh, replicated
 from ddpm_jax.training import loop
@@ -126,7 +128,7 @@ def records(workdir):
 
 
 def without_speed(rows):
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("images_per_second", "data_wait")} for row in rows]
 
 
 def checkpoints(workdir):
@@ -275,6 +277,56 @@ def test_a_signal_saves_and_stops(config, whole, tmp_path, monkeypatch, log, num
     assert checkpoints(tmp_path) == [4, 6]
     assert "stopped at step 6 of 10 and saved; the same command goes on from there" in log.text
     assert_same_bits(loop.train(config, tmp_path), whole.state)
+
+
+class Unreadable(StoredImages):
+    """Images of which the last can't be read."""
+
+    def read(self, indices, draws=None):
+        if 11 in indices:
+            raise InputError("image 11 can't be read")
+        return np.zeros((len(indices), 8, 8, 1), np.uint8)
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
+
+
+def test_threads_that_read_end_with_the_run(config, tmp_path, monkeypatch):
+    """On a signal, and where an image can't be read, which ends in its one line."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, device_megabytes=0))
+    during = []
+    take = loop._Recorder.take
+
+    def take_and_stop(self, steps, metrics):
+        during.extend(readers())
+        os.kill(os.getpid(), signal.SIGTERM)
+        take(self, steps, metrics)
+
+    monkeypatch.setattr(loop._Recorder, "take", take_and_stop)
+    assert int(loop.train(config, tmp_path / "stopped").step) < 10
+    unreadable = ImageSet(Unreadable(12, (8, 8, 1)), np.arange(12, dtype=np.int32) % 3)
+    monkeypatch.setattr(loop._Recorder, "take", take)
+    monkeypatch.setattr(loop, "load_images", lambda data: unreadable)
+    with pytest.raises(InputError, match=r"^image 11 can't be read$"):
+        loop.train(config, tmp_path / "failed")
+    for thread in readers():
+        thread.join(timeout=5)
+    assert during and readers() == []
+
+
+def test_records_tell_the_share_of_time_spent_waiting(config, tmp_path, monkeypatch):
+    """Where each batch takes 50 ms to come, most of the time; and all of it is between 0 and 1."""
+
+    def slow(*args):
+        for batch in batches(*args):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(loop, "batches", slow)
+    loop.train(with_train(config, checkpoint_every_steps=100), tmp_path)
+    shares = [record["data_wait"] for record in records(tmp_path)]
+    assert len(shares) == 4 and all(0 <= share <= 1 for share in shares) and shares[1] > 0.2
 
 
 def test_training_works_outside_the_main_thread(config, whole, tmp_path):

@@ -13,8 +13,8 @@ import reference
 from networks import OnePicture, PixelNet
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig
+from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.pipeline import Batch, batches
-from ddpm_jax.data.sources import ImageSet
 from ddpm_jax.diffusion.timesteps import draw_by_loss, draw_timesteps, empty_history
 from ddpm_jax.models import make_unet
 from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, run_once

@@ -1,0 +1,74 @@
+"""How an image of any size becomes one of the size that the network sees, without distortion."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from ddpm_jax.config import DataConfig, Framing
+
+SMALLEST_CROP = 0.8  # a random crop's size, as a share of the largest that fits; of ADM's random crops
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The wanted height, width and channels (1 grey, 3 RGB), and the way there."""
+
+    height: int
+    width: int
+    channels: int
+    framing: Framing = "center"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Frame":
+        """The frame that a config asks for; its image_shape is set."""
+        assert config.image_shape is not None
+        return cls(*config.image_shape, config.framing)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.height, self.width, self.channels
+
+    @property
+    def mode(self) -> str:
+        """Pillow's mode of images with these channels."""
+        return "L" if self.channels == 1 else "RGB"
+
+    def fit(self, image: Image.Image, draw: Float[np.ndarray, "3"] | None = None) -> UInt8[np.ndarray, "H W C"]:
+        """The image cropped or padded to the frame's shape and resized: by area down, bicubic up.
+
+        Args:
+            image: of this frame's mode, any size.
+            draw: size, top and left edge of a random crop, each in [0, 1); None: the crop in the middle.
+        """
+        if self.framing == "pad":
+            image = self._padded(image)
+        elif image.size != (self.width, self.height) or (self.framing == "random" and draw is not None):
+            image = self._resized(image, self._box(image.size, draw))
+        return np.asarray(image).reshape(self.image_shape)
+
+    def _box(self, size: tuple[int, int], draw: Float[np.ndarray, "3"] | None) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the crop, in pixels of the image."""
+        scale = min(size[0] / self.width, size[1] / self.height)
+        size_draw, top_draw, left_draw = (1.0, 0.5, 0.5) if self.framing != "random" or draw is None else map(float, draw)
+        scale *= SMALLEST_CROP + (1 - SMALLEST_CROP) * size_draw
+        width, height = self.width * scale, self.height * scale
+        left, top = left_draw * (size[0] - width), top_draw * (size[1] - height)
+        return left, top, min(left + width, size[0]), min(top + height, size[1])
+
+    def _resized(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+        shrinks = box[2] - box[0] >= self.width
+        resample = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
+        return image.resize((self.width, self.height), resample, box=box)
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        """The whole image, as large as it fits, in the middle of a white one."""
+        scale = min(self.width / image.width, self.height / image.height)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        resample = Image.Resampling.BOX if scale <= 1 else Image.Resampling.BICUBIC
+        resized = image if size == image.size else image.resize(size, resample)
+        canvas = Image.new(self.mode, (self.width, self.height), "white")
+        canvas.paste(resized, ((self.width - size[0]) // 2, (self.height - size[1]) // 2))
+        return canvas
