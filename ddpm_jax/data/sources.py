@@ -8,6 +8,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.arrays import load_arrays
 from ddpm_jax.data.image_set import ImageSet
+from ddpm_jax.data.records import is_prepared, load_records
 from ddpm_jax.errors import InputError
 
 PACKAGED = {"fashion_mnist": "fashion_mnist_10k.npz"}
@@ -34,6 +35,8 @@ def _open(config: DataConfig) -> ImageSet:
         return load_packaged(source)
     if path.is_file():
         return load_arrays(path)
+    if is_prepared(path):
+        return load_records(path, config)
     names = ", ".join(PACKAGED)
     raise InputError(f"data.source = {source!r} is neither a packaged set ({names}) nor an .npy or .npz file")
 
