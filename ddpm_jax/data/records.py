@@ -153,13 +153,14 @@ def verify_records(path: Path) -> Manifest:
         InputError: files that are missing or differ, all of them named.
     """
     manifest = read_manifest(path)
+    files = (*manifest.shards, *([manifest.labels] if manifest.labels else []))
     wrong = []
-    for file in (*manifest.shards, *([manifest.labels] if manifest.labels else [])):
+    for file in files:
         stored = path / file.name
         if not stored.is_file() or stored.stat().st_size != file.bytes or sha256_of(stored) != file.sha256:
             wrong.append(file.name)
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} of {len(manifest.shards)} files are damaged: {', '.join(wrong)}: {_ADVICE}")
+        raise InputError(f"{path}: {len(wrong)} of {len(files)} files are damaged: {', '.join(wrong)}: {_ADVICE}")
     load_records(path, DataConfig())
     return manifest
 
