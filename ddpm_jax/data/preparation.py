@@ -43,7 +43,8 @@ from ddpm_jax.metrics import console
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # compressed pixels took about as much room, and longer to read
 SHARD_BYTES = 1 << 26
-FEWEST_SHARDS, MOST_SHARDS = 8, 512  # unless asked for; every shard stays open while the set is in use
+USUAL_SHARDS = (8, 256)  # the fewest and the most, unless asked for
+MOST_SHARDS = 512  # every shard stays open while the set is in use
 READ_BYTES = 1 << 22  # images that a worker holds
 
 logger = logging.getLogger("ddpm_jax")
@@ -98,7 +99,7 @@ def _make_plan(config: DataConfig, image_set: ImageSet, num_shards: int | None) 
         raise InputError(f"{config.source} holds {highest}, but there are {len(names)} class names: {', '.join(names[:10])}")
     if num_shards is None:
         wanted = -(-count * int(np.prod(image_set.image_shape, dtype=np.int64)) // SHARD_BYTES)
-        num_shards = min(max(FEWEST_SHARDS, wanted), MOST_SHARDS // 2)
+        num_shards = int(np.clip(wanted, *USUAL_SHARDS))
     num_shards = min(num_shards, count)
     ends = [count * index // num_shards for index in range(num_shards + 1)]
     shards = (StoredFile(shard_name(i, num_shards), ends[i + 1] - ends[i], 0, "") for i in range(num_shards))
@@ -130,13 +131,13 @@ def _kept_or_planned(out: Path, image_set: ImageSet, shard: StoredFile, start: i
     """
     if not shard.bytes:
         return shard
+    ends = [0, shard.count - 1]
     try:
         reader = open_shard(out, shard)
-    except InputError:
+        stored = [reader.read([end])[0] for end in ends]
+    except (InputError, RuntimeError):  # RuntimeError: a record that is not what its hash says
         return _planned((shard,))[0]
-    ends = [0, shard.count - 1]
-    expected = _to_uint8(image_set.images[np.array(ends) + start])
-    if any(reader.read([end])[0] != image.tobytes() for end, image in zip(ends, expected, strict=True)):
+    if stored != [image.tobytes() for image in _to_uint8(image_set.images[np.array(ends) + start])]:
         raise InputError(f"{out}: the images have changed since {shard.name} was written: remove {out}, or give another --out")
     return shard
 

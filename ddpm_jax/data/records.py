@@ -131,6 +131,10 @@ def open_shard(folder: Path, shard: StoredFile) -> ArrayRecordReader:
     """The reader of a shard whose size and number of records are right. Raises InputError."""
     path = folder / shard.name
     check_size(path, shard)
+    try:
+        path.open("rb").close()  # ArrayRecord's reader doesn't say why it can't open a file
+    except OSError as error:
+        raise InputError(f"{path} can't be opened: {error.strerror}") from error
     reader = ArrayRecordReader(str(path), options=READER_OPTIONS, file_reader_buffer_size=READ_BYTES)
     if not reader.ok() or reader.num_records() != shard.count:
         raise InputError(f"{path} is damaged: it holds {reader.num_records()} images, not {shard.count}: {_ADVICE}")

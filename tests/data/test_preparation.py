@@ -143,6 +143,9 @@ def test_shards_lost_since_are_written_again(source, tmp_path):
     prepare(source, out, 5)
     undisturbed = contents(out)
     stop_after(out, source, 5, 4)
+    flipped = bytearray(undisturbed["shard-00000-of-00005.array_record"])
+    flipped[flipped.index(load_images(source).images[0].tobytes())] ^= 1
+    (out / "shard-00000-of-00005.array_record").write_bytes(flipped)
     (out / "shard-00001-of-00005.array_record").unlink()
     (out / "shard-00002-of-00005.array_record").write_bytes(undisturbed["shard-00002-of-00005.array_record"][:1000])
     (out / ".shard-00004-of-00005.array_record.partial").write_bytes(b"x" * 100)

@@ -1,6 +1,9 @@
 """Prepared sets as training reads them: every pixel, any order, several threads, and whatever can be wrong with the files."""
 
+import contextlib
 import json
+import os
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -120,6 +123,23 @@ def test_a_changed_pixel_is_noticed_when_it_is_read(out, arrays):
         images.read(np.array([3, 20]))
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_no_flipped_bit_is_taken_for_a_pixel(out, arrays, seed):
+    """Three bits anywhere in a shard: every image is refused, or is the one that was written."""
+    generator = np.random.default_rng(seed)
+    content = np.fromfile(out / SHARD, np.uint8)
+    places = generator.integers(0, len(content) if seed % 2 else 8000, 3)  # the records come first, then mostly padding
+    content[places] ^= 1 << generator.integers(0, 8, 3).astype(np.uint8)
+    content.tofile(out / SHARD)
+    try:
+        images = load(out).images
+    except InputError:
+        return
+    for index in range(13, 26):
+        with contextlib.suppress(InputError):
+            np.testing.assert_array_equal(images.read(np.array([index]))[0], arrays[0][index])
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -213,6 +233,18 @@ def test_a_manifest_that_is_none(out, content):
     (out / "manifest.json").write_bytes(content)
     with pytest.raises(InputError, match=r"manifest\.json is not a manifest"):
         load(out)
+
+
+def test_more_shards_than_files_may_be_open(whole):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, limits[1]))  # room for two of the four
+    try:
+        with pytest.raises(InputError, match="can't be opened: Too many open files"):
+            load(whole)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_what_can_be_framed(tmp_path):
