@@ -33,10 +33,10 @@ def _open(config: DataConfig) -> ImageSet:
     source, path = config.source, Path(config.source)
     if source in PACKAGED:
         return load_packaged(source)
+    if is_prepared(path):  # asked before other folders: its labels are an .npy file
+        return load_records(path, config)
     if path.is_file():
         return load_arrays(path)
-    if is_prepared(path):
-        return load_records(path, config)
     names = ", ".join(PACKAGED)
     raise InputError(f"data.source = {source!r} is neither a packaged set ({names}) nor an .npy or .npz file")
 
