@@ -71,7 +71,9 @@ def shard_name(index: int, num_shards: int) -> str:
 
 def is_prepared(path: Path) -> bool:
     """Whether a folder is a prepared set, or one that is not finished."""
-    return any((path / name).is_file() for name in (MANIFEST, JOURNAL))
+    if (path / JOURNAL).is_file():
+        return True
+    return (path / MANIFEST).is_file() and any(path.glob("shard-*.array_record"))  # other folders have a manifest.json, too
 
 
 def load_records(path: Path, config: DataConfig) -> ImageSet:

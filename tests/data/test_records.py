@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import load_images
 from ddpm_jax.data.preparation import prepare
-from ddpm_jax.data.records import RecordImages, verify_records
+from ddpm_jax.data.records import RecordImages, is_prepared, verify_records
 from ddpm_jax.errors import InputError
 
 COUNT, SHARDS = 53, 4
@@ -190,6 +190,11 @@ def test_a_set_without_manifest_is_not_finished(out):
     (out / "manifest.json").rename(out / "preparation.jsonl")
     with pytest.raises(InputError, match="not prepared to its end"):
         load(out)
+
+
+def test_a_manifest_of_something_else(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert not is_prepared(tmp_path)
 
 
 HOSTILE = {
