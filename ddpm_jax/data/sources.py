@@ -8,6 +8,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.arrays import load_arrays
 from ddpm_jax.data.image_set import ImageSet
+from ddpm_jax.data.records import is_prepared, load_records
 from ddpm_jax.errors import InputError
 
 PACKAGED = {"fashion_mnist": "fashion_mnist_10k.npz"}
@@ -32,6 +33,8 @@ def _open(config: DataConfig) -> ImageSet:
     source, path = config.source, Path(config.source)
     if source in PACKAGED:
         return load_packaged(source)
+    if is_prepared(path):  # asked before other folders: its labels are an .npy file
+        return load_records(path, config)
     if path.is_file():
         return load_arrays(path)
     names = ", ".join(PACKAGED)
