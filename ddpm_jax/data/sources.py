@@ -1,19 +1,27 @@
 """Where images come from: the source that a config names."""
 
+import difflib
 import importlib.resources
 from pathlib import Path
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.arrays import load_arrays
+from ddpm_jax.data.arrays import framed, holds_arrays, load_arrays
+from ddpm_jax.data.hugging_face import load_hugging_face
 from ddpm_jax.data.image_set import ImageSet
+from ddpm_jax.data.tensorflow_datasets import known_to_tfds, load_tfds, nearest_in_tfds
 from ddpm_jax.errors import InputError
 
 PACKAGED = {"fashion_mnist": "fashion_mnist_10k.npz"}
 FASHION_MNIST_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+
+KINDS = (
+    f"give a packaged set ({', '.join(PACKAGED)}), an .npy or .npz file, a folder with images, such files or what prepare.py"
+    " has made, tfds:NAME of TensorFlow Datasets, or hf:NAME or hf:FOLDER of Hugging Face datasets"
+)
 
 
 def load_images(config: DataConfig) -> ImageSet:
@@ -22,20 +30,29 @@ def load_images(config: DataConfig) -> ImageSet:
     Raises:
         InputError: no such set or file, or images that can't be used.
     """
-    image_set = _open(config)
+    image_set = framed(_open(config), config)
     if config.image_shape is not None and image_set.image_shape != config.image_shape:
         raise InputError(f"{config.source}: images are {image_set.image_shape}, but data.image_shape = {config.image_shape}")
     return image_set
 
 
 def _open(config: DataConfig) -> ImageSet:
-    source, path = config.source, Path(config.source)
+    source, path = config.source, Path(config.source).expanduser()
     if source in PACKAGED:
         return load_packaged(source)
-    if path.is_file():
+    if source.startswith("tfds:"):
+        return load_tfds(source.removeprefix("tfds:"), config)
+    if source.startswith("hf:"):
+        return load_hugging_face(source.removeprefix("hf:"), config)
+    if path.is_file() or (path.is_dir() and holds_arrays(path)):
         return load_arrays(path)
-    names = ", ".join(PACKAGED)
-    raise InputError(f"data.source = {source!r} is neither a packaged set ({names}) nor an .npy or .npz file")
+    if path.exists() or source.endswith((".npy", ".npz")):
+        raise InputError(f"data.source = {source!r} is no {'file with images' if path.exists() else 'file'}: {KINDS}")
+    if known_to_tfds(source):
+        return load_tfds(source, config)
+    nearest = difflib.get_close_matches(source, PACKAGED, n=1) or nearest_in_tfds(source)[:1]
+    hint = f": did you mean {nearest[0]!r}? Otherwise " if nearest else ": "
+    raise InputError(f"data.source = {source!r} can't be found{hint}{KINDS}")
 
 
 def load_packaged(name: str) -> ImageSet:
