@@ -1,4 +1,4 @@
-"""Sets of TensorFlow Datasets, read from array_record without TensorFlow.
+"""Sets of TensorFlow Datasets, read from array_record (or TFRecord files, where there are such already) without TensorFlow.
 
 The library is imported where a set of it is asked for, and TensorFlow never: what needs it, preparing a set, is done once
 and in a process of its own.
@@ -24,9 +24,10 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data.encoded import EncodedImages, class_labels, find_frame
 from ddpm_jax.data.framing import Frame
 from ddpm_jax.data.image_set import ImageSet
+from ddpm_jax.data.tfrecords import Part, TfRecords
 from ddpm_jax.errors import InputError
 
-FORMAT = "array_record"
+FORMAT, OLDER_FORMAT = "array_record", "tfrecord"
 COMMAND = "python -m ddpm_jax.data.tfds_preparation"
 RECORDS_AT_ONCE = 1024  # when labels are read
 # The name of a builder, its config and its version.
@@ -101,13 +102,13 @@ def _on_disk(name: str) -> Any:
         return None
     except Exception as error:  # the library raises what it meets in files that are damaged or not its own
         raise InputError(f"tfds:{name} in {data_folder()} can't be read: {_one_line(error)}") from error
-    formats = [builder.info.file_format, *builder.info.alternative_file_formats]
-    if FORMAT not in [each.value for each in formats]:
-        raise InputError(
-            f"tfds:{name} is prepared as {formats[0].value} in {builder.data_dir}, not as {FORMAT}: move that folder away, or"
-            " set TFDS_DATA_DIR to another, and give the same command again"
-        )
-    return builder if formats[0].value == FORMAT else read_only_builder.builder_from_files(name, file_format=FORMAT)
+    formats = [each.value for each in (builder.info.file_format, *builder.info.alternative_file_formats)]
+    if FORMAT in formats[1:]:
+        return read_only_builder.builder_from_files(name, file_format=FORMAT)
+    if formats[0] not in (FORMAT, OLDER_FORMAT):
+        here = f"tfds:{name} is prepared as {formats[0]} in {builder.data_dir}, not as {FORMAT}"
+        raise InputError(f"{here}: move that folder away, or set TFDS_DATA_DIR to another, and give the same command again")
+    return builder
 
 
 def _prepare(name: str) -> None:
@@ -118,10 +119,10 @@ def _prepare(name: str) -> None:
             f"tfds:{name} isn't prepared in {data_folder()}: `pip install tensorflow` and give the same command again, or copy"
             f" there what `{COMMAND} {name}` has written on another machine"
         )
-    # No GPU for TensorFlow, no search for Google's metadata servers, no word of it.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "NO_GCE_CHECK": "true", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # No accelerator for it, no search for Google's metadata servers, no word of TensorFlow.
+    settings = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "NO_GCE_CHECK": "true", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, *COMMAND.split()[1:], name]
-    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    child = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode:
         reason = child.stdout.strip().rpartition("\n")[2] or f"the process ended with status {child.returncode}"
         raise InputError(f"tfds:{name} can't be prepared: {reason}")
@@ -182,11 +183,15 @@ def _open_split(name: str, builder: Any, split: str) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        records = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        if builder.info.file_format.value == OLDER_FORMAT:
+            parts = builder.info.splits[split].file_instructions
+            return TfRecords([Part(Path(part.filename), part.skip, part.take) for part in parts])
+        return builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     except (ValueError, AssertionError, KeyError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
         known = ", ".join(f"{key} ({info.num_examples} images)" for key, info in builder.info.splits.items())
         raise InputError(f"data.split = {split!r} of tfds:{name} can't be opened: its splits are {known}") from error
-    return records
 
 
 def _read(name: str, records: Any, places: Sequence[int]) -> list[Any]:

@@ -69,4 +69,6 @@ def _one_line(text: Any) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("error: give the name of a set, such as cifar10")
     main(sys.argv[1])

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from helpers import ROOT, one_line_error
 from PIL import Image
 
@@ -294,13 +296,55 @@ def test_damaged_metadata_and_other_formats(tmp_path, monkeypatch):
     prepare(make_builder("other_set", *SETS["even_set"]), tmp_path)
     path = tmp_path / "other_set" / "1.2.0" / "dataset_info.json"
     info = json.loads(path.read_text())
-    path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    one_line_error(load, "tfds:other_set", fragments=["tfds:other_set", "tfrecord", "array_record", str(path.parent)])
+    path.write_text(json.dumps(info | {"fileFormat": "riegeli"}))
+    one_line_error(load, "tfds:other_set", fragments=["tfds:other_set", "riegeli", "array_record", str(path.parent)])
     path.write_text("{")
     one_line_error(load, "tfds:other_set", fragments=["tfds:other_set", "can't be read"])
     path.write_text(json.dumps(info))
     next(path.parent.glob("*array_record*")).unlink()
     one_line_error(load, "tfds:other_set", fragments=["tfds:other_set"])
+
+
+# TFRecord files, as those have who used the library with TensorFlow
+
+
+def as_tfrecords(folder):
+    """A prepared set with its records in TFRecord files: length, checksum, data, checksum; the checksums are left 0."""
+    for path in folder.glob("*.array_record-*"):
+        records = list(ArrayRecordDataSource(str(path)))
+        framed = b"".join(struct.pack("<Q", len(data)) + bytes(4) + data + bytes(4) for data in records)
+        (folder / path.name.replace("array_record", "tfrecord")).write_bytes(framed)
+        path.unlink()
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+
+
+@pytest.fixture
+def older(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    prepare(make_builder("colour_set", *SETS["colour_set"]), tmp_path)
+    as_tfrecords(tmp_path / "colour_set" / "1.2.0")
+    return tmp_path / "colour_set" / "1.2.0"
+
+
+@pytest.mark.usefixtures("older")
+def test_tfrecord_files_are_read_as_well():
+    whole = load("tfds:colour_set")
+    assert by_pixels(whole.images[:], whole.labels) == by_pixels(COLOUR[:40], np.arange(40) % 3)
+    part = load("tfds:colour_set", split="train[20%:80%]")
+    np.testing.assert_array_equal(part.images[:], whole.images[8:32])
+    np.testing.assert_array_equal(part.labels, whole.labels[8:32])
+    order = np.array([23, 0, 5, 5, 12])
+    np.testing.assert_array_equal(part.images.read(order), whole.images[8 + order])
+    one_line_error(lambda: load("tfds:colour_set", split="valid"), fragments=["data.split", "'valid'", "train (40 images)"])
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_tfrecord_files_that_are_cut_short(older, share):
+    path = sorted(older.glob("*train*"))[1]
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    one_line_error(load, "tfds:colour_set", fragments=[str(path), "prepare the set again"])
 
 
 # A process without TensorFlow, and one that prepares
