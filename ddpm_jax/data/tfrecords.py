@@ -40,9 +40,10 @@ class TfRecords:
 
     def __getitems__(self, places: Sequence[int]) -> list[bytes]:
         """The data of the records at these places."""
-        return [self._read(place) for place in places]
+        return [self[place] for place in places]
 
-    def _read(self, place: int) -> bytes:
+    def __getitem__(self, place: int) -> bytes:
+        """The data of one record."""
         number = int(np.searchsorted(self._stops, place, side="right"))
         starts = self._starts[number]
         with self._files[number].open("rb") as file:
