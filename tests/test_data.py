@@ -314,7 +314,7 @@ def test_archive_members_that_are_no_arrays(tmp_path, name):
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_sources_that_are_no_file(tmp_path):
-    for source in ("fashion_mnits", str(tmp_path / "missing.npy"), str(tmp_path), ""):
+    for source in ("fashion_mnits", str(tmp_path / "missing.npy"), ""):
         one_line_error(load_images, DataConfig(source=source), fragments=["data.source", source, "fashion_mnist", ".npy"])
     (tmp_path / "set.png").write_bytes(b"")
     one_line_error(

@@ -56,9 +56,36 @@ def decode(data: bytes, mode: str, target: tuple[int, int] | None = None) -> Ima
     Raises:
         UnusableImage: no image of a known kind, damaged, cut short, or of more than 2^26 pixels.
     """
+    with _guarded(data), _open(data) as image:
+        orientation = _orientation(image.info.get("exif"))
+        if target is not None and isinstance(image, _Jpeg):
+            lies = orientation >= 5  # on its side
+            image.draft("L" if mode == "L" else None, target[::-1] if lies else target)
+        image.load()
+        flat = _flat(image, mode)
+        return flat.transpose(TURNS[orientation]) if orientation in TURNS else flat
+
+
+def check(data: bytes) -> tuple[int, int]:
+    """Width and height, upright, of an image that has been decoded to its end, JPEGs at an eighth of the size.
+
+    Raises:
+        UnusableImage: as decode.
+    """
+    with _guarded(data), _open(data) as image:
+        width, height = image.size
+        if isinstance(image, _Jpeg):
+            image.draft(None, (1, 1))
+        image.load()
+        return (height, width) if _orientation(image.info.get("exif")) in (5, 6, 7, 8) else (width, height)
+
+
+@contextlib.contextmanager
+def _guarded(data: bytes) -> Iterator[None]:
+    """Whatever goes wrong is an UnusableImage."""
     try:
         with _quiet() if b"acTL" in data else contextlib.nullcontext():  # Pillow warns of damaged animated PNGs
-            return _decode(data, mode, target)
+            yield
     except UnusableImage:
         raise
     except Exception as error:  # the kinds that Pillow raises on damaged files are too many to list
@@ -73,34 +100,29 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _decode(data: bytes, mode: str, target: tuple[int, int] | None) -> Image.Image:
-    with _open(data) as image:
-        _check_size(*image.size)
-        orientation = _orientation(image.info.get("exif"))
-        if target is not None and isinstance(image, _Jpeg):
-            lies = orientation >= 5  # on its side
-            image.draft("L" if mode == "L" else None, target[::-1] if lies else target)
-        image.load()
-        flat = _flat(image, mode)
-    return flat.transpose(TURNS[orientation]) if orientation in TURNS else flat
-
-
 def _open(data: bytes) -> ImageFile:
-    """The image with its header read and its pixels not; Image.open would warn of large ones, which can't be hidden safely."""
+    """The image with its header read and its pixels not, of a size that may be decoded.
+
+    Image.open would warn of large images, and a warning can't be hidden from one thread alone.
+    """
     if not data:
         raise UnusableImage("empty file")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImageFile(io.BytesIO(data))
-    if data.startswith(b"\xff\xd8\xff"):
-        if data.count(b"\xff\xda") > MAX_SCANS:
-            raise UnusableImage(f"a JPEG of more than {MAX_SCANS} scans")
-        return _Jpeg(io.BytesIO(data))
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         _check_size(*_webp_size(data))  # opening it already takes memory for all its pixels
         return WebPImageFile(io.BytesIO(data))
-    if data.startswith(b"BM"):
-        return BmpImageFile(io.BytesIO(data))
-    raise UnusableImage("neither PNG, JPEG, WebP nor BMP")
+    image: ImageFile
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        image = PngImageFile(io.BytesIO(data))
+    elif data.startswith(b"\xff\xd8\xff"):
+        if data.count(b"\xff\xda") > MAX_SCANS:
+            raise UnusableImage(f"a JPEG of more than {MAX_SCANS} scans")
+        image = _Jpeg(io.BytesIO(data))
+    elif data.startswith(b"BM"):
+        image = BmpImageFile(io.BytesIO(data))
+    else:
+        raise UnusableImage("neither PNG, JPEG, WebP nor BMP")
+    _check_size(*image.size)
+    return image
 
 
 def _check_size(width: int, height: int) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.arrays import load_arrays
+from ddpm_jax.data.folders import load_folder
 from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.errors import InputError
 
@@ -34,8 +35,10 @@ def _open(config: DataConfig) -> ImageSet:
         return load_packaged(source)
     if path.is_file():
         return load_arrays(path)
+    if source and path.is_dir():  # no other kind of folder
+        return load_folder(path, config)
     names = ", ".join(PACKAGED)
-    raise InputError(f"data.source = {source!r} is neither a packaged set ({names}) nor an .npy or .npz file")
+    raise InputError(f"data.source = {source!r} is neither a packaged set ({names}) nor an .npy or .npz file, nor a folder")
 
 
 def load_packaged(name: str) -> ImageSet:
