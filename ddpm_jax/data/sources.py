@@ -8,6 +8,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.arrays import framed, holds_arrays, load_arrays
+from ddpm_jax.data.folders import load_folder
 from ddpm_jax.data.hugging_face import load_hugging_face
 from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.tensorflow_datasets import known_to_tfds, load_tfds, nearest_in_tfds
@@ -44,10 +45,11 @@ def _open(config: DataConfig) -> ImageSet:
         return load_tfds(source.removeprefix("tfds:"), config)
     if source.startswith("hf:"):
         return load_hugging_face(source.removeprefix("hf:"), config)
-    if path.is_file() or (path.is_dir() and holds_arrays(path)):
+    is_folder = bool(source) and path.is_dir()
+    if path.is_file() or (is_folder and holds_arrays(path)):
         return load_arrays(path)
-    if path.exists() or source.endswith((".npy", ".npz")):
-        raise InputError(f"data.source = {source!r} is no {'file with images' if path.exists() else 'file'}: {KINDS}")
+    if is_folder:  # no other kind of folder
+        return load_folder(path, config)
     if known_to_tfds(source):
         return load_tfds(source, config)
     nearest = difflib.get_close_matches(source, PACKAGED, n=1) or nearest_in_tfds(source)[:1]
