@@ -1,21 +1,17 @@
 """Images from files."""
 
-import gc
 import gzip
 import hashlib
 import struct
 import sys
-import warnings
 import zipfile
 
-import jaxtyping
 import numpy as np
 import pytest
-from helpers import load_script, one_line_error
+from helpers import load_script
 
 from ddpm_jax import DataConfig
 from ddpm_jax.data import load_images
-from ddpm_jax.data.arrays import load_arrays
 from ddpm_jax.data.sources import load_packaged
 
 # Of the original IDX files: zcat t10k-images-idx3-ubyte.gz | tail -c +17 | sha256sum, and the labels' tail -c +9.
@@ -25,12 +21,6 @@ LABELS_SHA256 = "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e
 RANDOM = np.random.default_rng(0)
 BYTES = RANDOM.integers(0, 256, (5, 8, 6, 3), np.uint8)
 FLOATS = RANDOM.uniform(-1, 1, (5, 8, 6, 3)).astype(np.float32)
-
-
-@pytest.fixture
-def without_type_checks(monkeypatch):
-    """What a user meets, who runs without the type checks of the tests."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # The packaged set
@@ -90,234 +80,3 @@ def test_make_fashion_mnist_refuses_other_files(tmp_path):
     path.write_bytes(gzip.compress(struct.pack(">BBBBI", 0, 0, 13, 1, 1) + bytes(4)))
     with pytest.raises(SystemExit, match=r"floats\.gz is not an IDX file"):
         script.read_idx(path)
-
-
-# Arrays in files
-
-
-@pytest.mark.parametrize("images", [BYTES, FLOATS, BYTES[..., :1], BYTES[:1, :2, :1, :2], np.asfortranarray(FLOATS)])
-@pytest.mark.parametrize("kind", [".npy", ".npz", "compressed"])
-def test_load_arrays(tmp_path, images, kind):
-    path = tmp_path / f"set{kind if kind[0] == '.' else '.npz'}"
-    if kind == ".npy":
-        np.save(path, images)
-    else:
-        (np.savez if kind == ".npz" else np.savez_compressed)(path, images=images)
-    image_set = load_arrays(path)
-    np.testing.assert_array_equal(image_set.images, images, strict=True)
-    assert image_set.image_shape == images.shape[1:]
-    assert image_set.labels is None and image_set.class_names == ()
-
-
-@pytest.mark.parametrize("images", [BYTES[..., 0], FLOATS[..., 0]])
-def test_three_axes_are_one_channel(tmp_path, images):
-    np.save(tmp_path / "set.npy", images)
-    np.testing.assert_array_equal(load_arrays(tmp_path / "set.npy").images, images.reshape(5, 8, 6, 1), strict=True)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint64])
-def test_labels(tmp_path, dtype):
-    np.savez(tmp_path / "set.npz", images=BYTES, labels=np.array([4, 0, 2, 7, 7], dtype))
-    labels = load_arrays(tmp_path / "set.npz").labels
-    assert labels.dtype == np.int32 and labels.tolist() == [4, 0, 2, 7, 7]
-
-
-def test_npy_files_are_not_read_whole(tmp_path):
-    np.save(tmp_path / "set.npy", BYTES)
-    images = load_arrays(tmp_path / "set.npy").images
-    while images.base is not None and not isinstance(images, np.memmap):
-        images = images.base
-    assert isinstance(images, np.memmap) and not images.flags.writeable
-
-
-def with_pixel(value):
-    images = FLOATS.copy()
-    images[3, 7, 5, 2] = value
-    return images
-
-
-BAD_ARRAYS = {
-    "float64": (FLOATS.astype(np.float64), ["float64", "float32", "uint8"]),
-    "float16": (FLOATS.astype(np.float16), ["float16"]),
-    "int32": (BYTES.astype(np.int32), ["int32"]),
-    "bool": (BYTES > 100, ["bool"]),
-    "complex64": (FLOATS.astype(np.complex64), ["complex64"]),
-    "big endian": (FLOATS.astype(">f4"), [">f4"]),
-    "text": (np.full((5, 8, 6, 3), "a"), ["<U1"]),
-    "two axes": (BYTES[0, :, :, 0], ["(8, 6)"]),
-    "five axes": (BYTES[None], ["(1, 5, 8, 6, 3)"]),
-    "a scalar": (np.uint8(1), ["()"]),
-    "channels first": (BYTES.transpose(0, 3, 1, 2), ["(5, 3, 8, 6)", "channels"]),
-    "no images": (BYTES[:0], ["no images"]),
-    "no images of three axes": (BYTES[:0, ..., 0], ["no images"]),
-    "no height": (BYTES[:, :0], ["(5, 0, 6, 3)"]),
-    "no channels": (BYTES[..., :0], ["(5, 8, 6, 0)"]),
-    "NaN": (with_pixel(np.nan), ["NaN"]),
-    "infinity": (with_pixel(np.inf), ["infinite"]),
-    "minus infinity": (with_pixel(-np.inf), ["infinite"]),
-    "above 1": (with_pixel(1.5), ["[-1, 1]", "1.5"]),
-    "below -1": (with_pixel(-1.25), ["[-1, 1]", "-1.25"]),
-    "0 to 255": (BYTES.astype(np.float32), ["[-1, 1]", "255"]),
-    "0 to 1": (np.abs(FLOATS), ["[-1, 1]", "2 x - 1"]),
-}
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("ending", [".npy", ".npz"])
-@pytest.mark.parametrize(("images", "fragments"), BAD_ARRAYS.values(), ids=list(BAD_ARRAYS))
-def test_bad_arrays(tmp_path, images, fragments, ending):
-    path = tmp_path / f"set{ending}"
-    if ending == ".npy":
-        np.save(path, images)
-    else:
-        np.savez(path, images=images)
-    one_line_error(load_arrays, path, fragments=[str(path), *fragments])
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_a_bad_pixel_in_the_last_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_jax.data.arrays.CHUNK_ELEMENTS", 300)  # two images at a time
-    images = FLOATS.copy()
-    images[4, 7, 5, 2] = 1.5
-    np.save(tmp_path / "set.npy", images)
-    one_line_error(load_arrays, tmp_path / "set.npy", fragments=["1.5"])
-
-
-BAD_LABELS = {
-    "too few": np.arange(4),
-    "too many": np.arange(6),
-    "two axes": np.zeros((5, 1), int),
-    "a scalar": np.int64(0),
-    "floats": np.zeros(5),
-    "bools": np.zeros(5, bool),
-    "negative": np.array([0, 1, -1, 2, 3]),
-}
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("labels", BAD_LABELS.values(), ids=list(BAD_LABELS))
-def test_bad_labels(tmp_path, labels):
-    np.savez(tmp_path / "set.npz", images=BYTES, labels=labels)
-    one_line_error(load_arrays, tmp_path / "set.npz", fragments=[str(tmp_path / "set.npz"), "labels"])
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("labels", [np.array([0, 1, 2**33, 2, 3]), np.array([0, 1, 2**63, 2, 3], np.uint64)])
-def test_labels_wider_than_int32(tmp_path, labels):
-    np.savez(tmp_path / "set.npz", images=BYTES, labels=labels)
-    one_line_error(load_arrays, tmp_path / "set.npz", fragments=[str(tmp_path / "set.npz"), "labels"])
-
-
-class Trap:
-    """An object whose unpickling writes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("ending", [".npy", ".npz", "labels.npz"])
-def test_pickled_objects_are_refused(tmp_path, ending):
-    path, sprung = tmp_path / f"set{ending}", tmp_path / "sprung"
-    objects = np.array([Trap(sprung)], object)
-    if ending == ".npy":
-        np.save(path, objects, allow_pickle=True)
-    else:
-        np.savez(path, **({"images": objects} if ending == ".npz" else {"images": BYTES, "labels": objects}))
-    one_line_error(load_arrays, path, fragments=[str(path)])
-    assert not sprung.exists()
-
-
-def whole_file(folder, ending):
-    path = folder / f"whole{ending}"
-    if ending == ".npy":
-        np.save(path, BYTES)
-    else:
-        np.savez_compressed(path, images=BYTES)
-    return path.read_bytes()
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.98])
-@pytest.mark.parametrize("ending", [".npy", ".npz"])
-def test_truncated_files(tmp_path, ending, share):
-    whole = whole_file(tmp_path, ending)
-    path = tmp_path / f"set{ending}"
-    path.write_bytes(whole[: int(share * len(whole))])
-    one_line_error(load_arrays, path, fragments=[str(path), "can't be read"])
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_truncated_archive_is_closed(tmp_path):
-    path = tmp_path / "set.npz"
-    path.write_bytes(whole_file(tmp_path, ".npz")[:300])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        one_line_error(load_arrays, path, fragments=[str(path)])
-        gc.collect()  # a file that was left open tells now
-    assert [str(warning.message) for warning in caught] == []
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("ending", [".npy", ".npz"])
-@pytest.mark.parametrize("content", [b"hello, world\n", b"PK\x03\x04", b"\x93NUMPY", b"\x80\x04."])
-def test_files_that_are_something_else(tmp_path, content, ending):
-    path = tmp_path / f"set{ending}"
-    path.write_bytes(content)
-    one_line_error(load_arrays, path, fragments=[str(path), "can't be read"])
-
-
-@pytest.mark.parametrize(("content", "ending"), [(".npz", ".npy"), (".npy", ".npz")])
-def test_files_with_the_other_ending(tmp_path, content, ending):
-    """NumPy looks into the file, so they can be read all the same."""
-    path = tmp_path / f"set{ending}"
-    path.write_bytes(whole_file(tmp_path, content))
-    np.testing.assert_array_equal(load_arrays(path).images, BYTES, strict=True)
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_damaged_archive(tmp_path):
-    content = bytearray(whole_file(tmp_path, ".npz"))
-    middle = len(content) // 2
-    content[middle : middle + 100] = bytes(byte ^ 0xFF for byte in content[middle : middle + 100])
-    path = tmp_path / "set.npz"
-    path.write_bytes(content)
-    one_line_error(load_arrays, path, fragments=[str(path), "can't be read"])
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_archives_without_images(tmp_path):
-    np.savez(tmp_path / "other.npz", pixels=BYTES, y=np.arange(5))
-    one_line_error(load_arrays, tmp_path / "other.npz", fragments=["pixels", "y", "'images'"])
-    np.savez(tmp_path / "nothing.npz")
-    one_line_error(load_arrays, tmp_path / "nothing.npz", fragments=["'images'"])
-
-
-@pytest.mark.usefixtures("without_type_checks")
-@pytest.mark.parametrize("name", ["images", "labels"])
-def test_archive_members_that_are_no_arrays(tmp_path, name):
-    np.savez(tmp_path / "set.npz", **({"images": BYTES} if name == "labels" else {"other": BYTES}))
-    with zipfile.ZipFile(tmp_path / "set.npz", "a") as archive:
-        archive.writestr(name, "hello")
-    one_line_error(load_arrays, tmp_path / "set.npz", fragments=[str(tmp_path / "set.npz")])
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_sources_that_are_no_file(tmp_path):
-    for source in ("fashion_mnits", str(tmp_path / "missing.npy"), str(tmp_path), ""):
-        one_line_error(load_images, DataConfig(source=source), fragments=["data.source", source, "fashion_mnist", ".npy"])
-    (tmp_path / "set.png").write_bytes(b"")
-    one_line_error(
-        load_images, DataConfig(source=str(tmp_path / "set.png")), fragments=[str(tmp_path / "set.png"), ".npy", ".npz"]
-    )
-
-
-@pytest.mark.usefixtures("without_type_checks")
-def test_image_shape_is_checked():
-    fits = DataConfig(source="fashion_mnist", image_shape=(28, 28, 1))
-    assert len(load_images(fits).images) == 10_000
-    wrong = DataConfig(source="fashion_mnist", image_shape=(32, 32, 3))
-    one_line_error(load_images, wrong, fragments=["fashion_mnist", "(28, 28, 1)", "(32, 32, 3)"])

@@ -1,38 +1,149 @@
-"""Images from arrays in .npy and .npz files."""
+"""Images from arrays: .npy and .npz files, or a folder of such shards."""
 
+import dataclasses
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
 
-from ddpm_jax.data.image_set import ImageSet
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.framing import Frame
+from ddpm_jax.data.image_set import ImageSet, StoredImages
 from ddpm_jax.errors import InputError
 
 NPY_MAGIC = b"\x93NUMPY"  # an .npy file under another name is read as what it is
 CHUNK_ELEMENTS = 1 << 24  # values are checked in pieces of this size, so that a memory-mapped file is never whole in memory
+LABELS = "labels.npy"  # in a folder of shards: the labels of all of them
 
 
 def load_arrays(path: Path) -> ImageSet:
-    """Images from an .npy file, or "images" and, if any, "labels" from an .npz file.
+    """Images from an .npy file, "images" and, if any, "labels" from an .npz file, or a folder of such files.
 
-    Images are [N, H, W, C], or [N, H, W] for one channel: uint8, or float32 in [-1, 1]. An .npy file is memory-mapped.
+    Images are [N, H, W, C], or [N, H, W] for one channel: uint8, or float32 in [-1, 1]. .npy files are memory-mapped. The
+    files of a folder follow each other by name and agree in shape and dtype; their labels are in each .npz file or, for all
+    of them, in labels.npy. uint8 shards stay where they are; float32 ones are joined in memory.
 
     Raises:
         InputError: see load_images.
     """
-    arrays = _read(path)
-    images = arrays["images"]
-    if images.ndim == 3:
-        images = images[..., None]
-    _check_images(path, images)
-    if "labels" not in arrays:
-        return ImageSet(images)
-    labels = arrays["labels"]
-    whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    files = _shards(path) if path.is_dir() else [path]
+    shards = [_read(file) for file in files]
+    parts = [shard["images"] if shard["images"].ndim != 3 else shard["images"][..., None] for shard in shards]
+    for file, part in zip(files, parts, strict=True):
+        _check_images(file, part)
+        if part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype:
+            here, first = (f"{array.dtype} {array.shape[1:]}" for array in (part, parts[0]))
+            raise InputError(f"{file}: images are {here}, but {first} in {files[0].name}: shards must agree")
+    if parts[0].dtype != np.uint8:
+        _check_range(path, parts)
+    labels = [
+        _check_labels(file, shard["labels"], len(part))
+        for file, shard, part in zip(files, shards, parts, strict=True)
+        if "labels" in shard
+    ]
+    return ImageSet(_joined(parts), _all_labels(path, labels, [len(part) for part in parts]))
+
+
+def holds_arrays(folder: Path) -> bool:
+    """Whether a folder is one of .npy or .npz files."""
+    return any(_is_shard(file) for file in folder.iterdir())
+
+
+class StoredArrays(StoredImages):
+    """uint8 images of arrays [N_i, H, W, C], one array after the other, brought to a frame where there is one."""
+
+    def __init__(self, parts: Sequence[np.ndarray], frame: Frame | None = None) -> None:
+        super().__init__(sum(map(len, parts)), parts[0].shape[1:] if frame is None else frame.image_shape)
+        self.parts = parts
+        self._frame = frame
+        self._stops = np.cumsum([len(part) for part in parts])
+
+    def read(
+        self, indices: Int[np.ndarray, "B"], draws: Float[np.ndarray, "B 3"] | None = None
+    ) -> UInt8[np.ndarray, "B H W C"]:
+        """See StoredImages.read."""
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        part_of = np.searchsorted(self._stops, indices, side="right")
+        for number in np.unique(part_of):
+            chosen = np.flatnonzero(part_of == number)
+            part = self.parts[number]
+            found = part[indices[chosen] - (self._stops[number] - len(part))]
+            if self._frame is None:
+                images[chosen] = found
+                continue
+            for place, image in zip(chosen, found, strict=True):
+                images[place] = _fit(self._frame, image, None if draws is None else draws[place])
+        return images
+
+
+def framed(image_set: ImageSet, config: DataConfig) -> ImageSet:
+    """A set of arrays brought to data.image_shape, or ready for random crops, where the config asks for either.
+
+    Images of one channel and of three become each other by Pillow's rule: grey is 0.299 R + 0.587 G + 0.114 B.
+
+    Raises:
+        InputError: float images, or other numbers of channels, which can't be framed.
+    """
+    images, shape = image_set.images, config.image_shape or image_set.image_shape
+    if shape == image_set.image_shape and config.framing != "random":
+        return image_set
+    if isinstance(images, StoredImages) and not isinstance(images, StoredArrays):
+        return image_set  # other sources frame as they decode
+    parts = images.parts if isinstance(images, StoredArrays) else [images]
+    asked = f"data.image_shape = {shape} and data.framing = {config.framing}"
+    if parts[0].dtype != np.uint8:
+        raise InputError(f"{config.source}: {asked} need uint8 images, not {parts[0].dtype}: save them as uint8")
+    if not {image_set.image_shape[2], shape[2]} <= {1, 3}:
+        here = f"images {image_set.image_shape} can't be brought to {asked}"
+        raise InputError(f"{config.source}: {here}: only 1 (grey) and 3 channels (RGB) can; save the images without others")
+    return dataclasses.replace(image_set, images=StoredArrays(parts, Frame(*shape, config.framing)))
+
+
+def _fit(frame: Frame, image: UInt8[np.ndarray, "h w c"], draw: Float[np.ndarray, "3"] | None) -> UInt8[np.ndarray, "H W C"]:
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return frame.fit(picture.convert(frame.mode), draw)
+
+
+def _is_shard(file: Path) -> bool:
+    return file.suffix in (".npy", ".npz") and file.name != LABELS and file.name[0] != "." and file.is_file()
+
+
+def _shards(folder: Path) -> list[Path]:
+    files = sorted((file for file in folder.iterdir() if _is_shard(file)), key=lambda file: file.name)
+    if not files:
+        raise InputError(f"{folder} holds no .npy or .npz file with images")
+    return files
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray | StoredArrays:
+    if len(parts) == 1:
+        return parts[0]
+    return StoredArrays(parts) if parts[0].dtype == np.uint8 else np.concatenate(parts)
+
+
+def _all_labels(path: Path, labels: list[np.ndarray], counts: list[int]) -> np.ndarray | None:
+    """The labels of all shards; None if there are none."""
+    together = path / LABELS
+    if path.is_dir() and together.is_file():
+        if labels:
+            raise InputError(f"{path}: both {LABELS} and .npz files hold labels: remove one of them")
+        return _check_labels(together, _read(together)["images"], sum(counts))
+    if not labels:
+        return None
+    if len(labels) < len(counts):
+        raise InputError(f"{path}: {len(labels)} of {len(counts)} files hold labels: give them to all or none")
+    return np.concatenate(labels)
+
+
+def _check_labels(file: Path, labels: np.ndarray, count: int) -> np.ndarray:
+    whole = labels.dtype.kind in "iu" and labels.shape == (count,)
     if not whole or labels.min() < 0 or labels.max() >= 2**31:
-        raise InputError(f"{path}: 'labels' must be {len(images)} whole numbers from 0, not {labels.dtype} {labels.shape}")
-    return ImageSet(images, labels.astype(np.int32))
+        raise InputError(f"{file}: 'labels' must be {count} whole numbers from 0, not {labels.dtype} {labels.shape}")
+    return labels.astype(np.int32)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -67,12 +178,15 @@ def _check_images(path: Path, images: np.ndarray) -> None:
         raise InputError(f"{path} holds no images")
     if images.shape[1] in (1, 3, 4) and images.shape[3] not in (1, 3, 4):
         raise InputError(f"{path}: images of shape {images.shape} seem to have channels first: move them to the last axis")
-    if images.dtype == np.uint8:
-        return
-    if images.dtype != np.float32:
+    if images.dtype not in (np.uint8, np.float32):
         raise InputError(f"{path}: images are {images.dtype}: save them as uint8 in [0, 255] or float32 in [-1, 1]")
-    step = max(1, CHUNK_ELEMENTS // int(np.prod(images.shape[1:])))
-    ranges = [(piece.min(), piece.max()) for piece in (images[i : i + step] for i in range(0, len(images), step))]
+
+
+def _check_range(path: Path, parts: list[np.ndarray]) -> None:
+    """Raise InputError where float images leave [-1, 1], or none of them is below 0."""
+    step = max(1, CHUNK_ELEMENTS // int(np.prod(parts[0].shape[1:])))
+    pieces = (part[i : i + step] for part in parts for i in range(0, len(part), step))
+    ranges = [(piece.min(), piece.max()) for piece in pieces]
     low, high = float(np.min(ranges)), float(np.max(ranges))  # NaN if any pixel is
     if not np.isfinite([low, high]).all():
         raise InputError(f"{path}: some pixels are NaN or infinite")

@@ -1,6 +1,7 @@
 """How an image of any size becomes one of the size that the network sees, without distortion."""
 
 import dataclasses
+import math
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -39,6 +40,9 @@ class Frame:
     def fit(self, image: Image.Image, draw: Float[np.ndarray, "3"] | None = None) -> UInt8[np.ndarray, "H W C"]:
         """The image cropped or padded to the frame's shape and resized: by area down, bicubic up.
 
+        Down by whole numbers each pixel is the mean of those that it covers. Pillow's box filter counts pixels whole or not
+        at all, which for other factors moves edges by up to half a pixel; there its Hamming filter stands in for the mean.
+
         Args:
             image: of this frame's mode, any size.
             draw: size, top and left edge of a random crop, each in [0, 1); None: the crop in the middle.
@@ -56,19 +60,27 @@ class Frame:
         scale *= SMALLEST_CROP + (1 - SMALLEST_CROP) * size_draw
         width, height = self.width * scale, self.height * scale
         left, top = left_draw * (size[0] - width), top_draw * (size[1] - height)
+        if draw is None:  # at whole pixels, so that a crop by a whole factor is the exact mean
+            left, top = math.floor(left), math.floor(top)
         return left, top, min(left + width, size[0]), min(top + height, size[1])
 
     def _resized(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-        shrinks = box[2] - box[0] >= self.width
-        resample = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
-        return image.resize((self.width, self.height), resample, box=box)
+        return image.resize((self.width, self.height), _filter(box, (self.width, self.height)), box=box)
 
     def _padded(self, image: Image.Image) -> Image.Image:
         """The whole image, as large as it fits, in the middle of a white one."""
         scale = min(self.width / image.width, self.height / image.height)
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        resample = Image.Resampling.BOX if scale <= 1 else Image.Resampling.BICUBIC
-        resized = image if size == image.size else image.resize(size, resample)
+        resized = image if size == image.size else image.resize(size, _filter((0, 0, *image.size), size))
         canvas = Image.new(self.mode, (self.width, self.height), "white")
         canvas.paste(resized, ((self.width - size[0]) // 2, (self.height - size[1]) // 2))
         return canvas
+
+
+def _filter(box: tuple[float, float, float, float], size: tuple[int, int]) -> Image.Resampling:
+    """The filter that brings a box of an image, (left, top, right, bottom), to a width and height."""
+    factors = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
+    if min(factors) < 1:
+        return Image.Resampling.BICUBIC
+    whole = all(abs(value - round(value)) < 1e-6 for value in (*factors, *box[:2]))
+    return Image.Resampling.BOX if whole else Image.Resampling.HAMMING

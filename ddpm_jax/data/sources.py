@@ -1,20 +1,29 @@
 """Where images come from: the source that a config names."""
 
+import difflib
 import importlib.resources
 from pathlib import Path
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.arrays import load_arrays
+from ddpm_jax.data.arrays import framed, holds_arrays, load_arrays
+from ddpm_jax.data.folders import load_folder
+from ddpm_jax.data.hugging_face import load_hugging_face
 from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.records import is_prepared, load_records
+from ddpm_jax.data.tensorflow_datasets import known_to_tfds, load_tfds, nearest_in_tfds
 from ddpm_jax.errors import InputError
 
 PACKAGED = {"fashion_mnist": "fashion_mnist_10k.npz"}
 FASHION_MNIST_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+
+KINDS = (
+    f"give a packaged set ({', '.join(PACKAGED)}), an .npy or .npz file, a folder with images, such files or what prepare.py"
+    " has made, tfds:NAME of TensorFlow Datasets, or hf:NAME or hf:FOLDER of Hugging Face datasets"
+)
 
 
 def load_images(config: DataConfig) -> ImageSet:
@@ -23,22 +32,32 @@ def load_images(config: DataConfig) -> ImageSet:
     Raises:
         InputError: no such set or file, or images that can't be used.
     """
-    image_set = _open(config)
+    image_set = framed(_open(config), config)
     if config.image_shape is not None and image_set.image_shape != config.image_shape:
         raise InputError(f"{config.source}: images are {image_set.image_shape}, but data.image_shape = {config.image_shape}")
     return image_set
 
 
 def _open(config: DataConfig) -> ImageSet:
-    source, path = config.source, Path(config.source)
+    source, path = config.source, Path(config.source).expanduser()
     if source in PACKAGED:
         return load_packaged(source)
     if is_prepared(path):  # asked before other folders: its labels are an .npy file
         return load_records(path, config)
-    if path.is_file():
+    if source.startswith("tfds:"):
+        return load_tfds(source.removeprefix("tfds:"), config)
+    if source.startswith("hf:"):
+        return load_hugging_face(source.removeprefix("hf:"), config)
+    is_folder = bool(source) and path.is_dir()
+    if path.is_file() or (is_folder and holds_arrays(path)):
         return load_arrays(path)
-    names = ", ".join(PACKAGED)
-    raise InputError(f"data.source = {source!r} is neither a packaged set ({names}) nor an .npy or .npz file")
+    if is_folder:  # no other kind of folder
+        return load_folder(path, config)
+    if known_to_tfds(source):
+        return load_tfds(source, config)
+    nearest = difflib.get_close_matches(source, PACKAGED, n=1) or nearest_in_tfds(source)[:1]
+    hint = f": did you mean {nearest[0]!r}? Otherwise " if nearest else ": "
+    raise InputError(f"data.source = {source!r} can't be found{hint}{KINDS}")
 
 
 def load_packaged(name: str) -> ImageSet:
