@@ -1,7 +1,7 @@
 """DDPM on CIFAR-10 with its ten classes: the recipe of configs/cifar10.py with labels, for classifier-free guidance.
 
     python train.py --config configs/cifar10_cond.py --workdir runs/cifar10_cond
-    python sample.py --ckpt runs/cifar10_cond --label 3 --guidance 2
+    python sample.py --ckpt runs/cifar10_cond --labels cat --guidance 2
 
 Data: that of the unconditional recipe, with its labels: airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.
 Hardware: that of the unconditional recipe, 8 cores of a TPU v3, 800,000 steps.
