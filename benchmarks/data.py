@@ -50,15 +50,20 @@ def make_sources(table: str, folder: Path, count: int) -> dict[str, Path]:
     write_pngs(files, count)
     paths = sorted(files.rglob("*.png"))
     np.save(folder / "images.npy", np.stack([np.asarray(Image.open(path)) for path in paths]))
-    prepare(files, folder / "prepared", SIZE)
+    prepare(folder / "prepared", "--data.source", files, "--resolution", SIZE)
     array = folder / "images.npy"
     return {"folder": files, "prepared": folder / "prepared", "array": array, "array-resident": array}
 
 
-def prepare(source: str | Path, out: Path, size: int) -> None:
-    """What prepare.py makes of a source."""
-    command = [sys.executable, ROOT / "prepare.py", "--data.source", source, "--out", out, "--resolution", size]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+def prepare(out: Path, *options: object) -> None:
+    """What prepare.py writes with these options."""
+    command = [sys.executable, ROOT / "prepare.py", "--out", out, *options]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """This project's package is the one that this file stands beside, installed or not."""
+    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def compare(table: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -68,12 +73,11 @@ def compare(table: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         starts = [(name, sys.executable, "worker_data.py", source) for name, source in sources.items()]
         starts += [(name, sys.executable, "worker_data.py", sources["folder"]) for name in BARE]
         starts += [(name, options.peer_python, "worker_data_torch.py", sources["folder"]) for name in TORCH]
-        environment = os.environ | {"XDG_CACHE_HOME": folder}
         candidates: list[Worker] = []
         for name, python, worker, source in starts:
             arguments = map(str, (HERE / worker, name, source, SIZE, BATCH, options.workers))
             try:
-                candidates.append(Worker(name, [python, *arguments], environment))
+                candidates.append(Worker(name, [python, *arguments], environment() | {"XDG_CACHE_HOME": folder}))
             except (RuntimeError, OSError) as error:
                 print(f"left out: {error}", file=sys.stderr)
         for _ in range(options.rounds):
@@ -85,7 +89,7 @@ def compare(table: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {
             "table": table, "candidate": c.name, "versions": c.first["versions"],
-            "images_per_second": statistics.median(c.speeds), "all": c.speeds, "peak_mib": c.peak_mib,
+            "images_per_second": statistics.median(c.speeds), "all": c.speeds,
             "ratio": None if ours is None else statistics.median(c.speeds) / ours,
         }
         for c in candidates
@@ -95,7 +99,7 @@ def compare(table: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 def idle(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each way that the default config's images take to the device."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare("fashion_mnist", Path(folder) / "prepared", 28)
+        prepare(Path(folder) / "prepared", "--data.source", "fashion_mnist")
         streamed = ["--data.source", f"{folder}/prepared", "--data.device-megabytes", "0"]
         return [
             {"table": "idle", "candidate": name} | train(extra, Path(folder) / name, options.steps)
@@ -107,7 +111,9 @@ def train(extra: list[str], workdir: Path, steps: int) -> dict[str, Any]:
     """Share of waiting and speed of a run of the default config, without its first record, in which it compiles."""
     command = [sys.executable, ROOT / "train.py", "--workdir", workdir, "--train.num-steps", steps,
                "--train.preview-every-steps", steps, "--train.log-every-steps", "100"]  # fmt: skip
-    subprocess.run([*map(str, command), *extra], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [*map(str, command), *extra], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][1:]
     waits = [record["data_wait"] for record in records]
     speeds = [record["images_per_second"] for record in records]
@@ -122,12 +128,12 @@ def table_of(rows: list[dict[str, Any]]) -> str:
             lines
             + [f"| {r['candidate']} | {r['images_per_second']:.0f} | {r['data_wait']:.2%} | {r['most']:.2%} |" for r in rows]
         )
-    lines = ["| files | candidate | images/s (range) | ratio to the folder | peak MiB |", "|---|---|---|---|---|"]
+    lines = ["| files | candidate | images/s (range) | ratio to the folder |", "|---|---|---|---|"]
     for r in rows:
         versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
         speeds = f"{r['images_per_second']:.0f} ({min(r['all']):.0f} to {max(r['all']):.0f})"
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
-        lines.append(f"| {r['table']} | {r['candidate']} ({versions}) | {speeds} | {ratio} | {r['peak_mib']:.0f} |")
+        lines.append(f"| {r['table']} | {r['candidate']} ({versions}) | {speeds} | {ratio} |")
     return "\n".join(lines)
 
 
