@@ -62,7 +62,7 @@ def prepare(out: Path, *options: object) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This project's package is the one that this file stands beside, installed or not."""
+    """Installed or not, the package that is measured is the one beside this file."""
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -110,7 +110,7 @@ def idle(options: argparse.Namespace) -> list[dict[str, Any]]:
 def train(extra: list[str], workdir: Path, steps: int) -> dict[str, Any]:
     """Share of waiting and speed of a run of the default config, without its first record, in which it compiles."""
     command = [sys.executable, ROOT / "train.py", "--workdir", workdir, "--train.num-steps", steps,
-               "--train.preview-every-steps", steps, "--train.log-every-steps", "100"]  # fmt: skip
+               "--train.preview-every-steps", "None", "--train.log-every-steps", "100"]  # fmt: skip
     subprocess.run(
         [*map(str, command), *extra], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
