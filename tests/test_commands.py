@@ -30,7 +30,7 @@ class Reached(Exception):
     """The command's options are fine."""
 
 
-@pytest.mark.parametrize(("program", "options"), commands())
+@pytest.mark.parametrize(("program", "options"), list(commands()))
 def test_a_command_is_understood(program, options, monkeypatch):
     module_name, call = CALLS[program]
     module = importlib.import_module(module_name)
