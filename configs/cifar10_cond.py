@@ -1,9 +1,9 @@
 """DDPM on CIFAR-10 with its ten classes: the recipe of configs/cifar10.py with labels, for classifier-free guidance.
 
-    python train.py --config configs/cifar10_cond.py --workdir runs/cifar10_cond --data.source cifar10_train.npz
-    python sample.py --ckpt runs/cifar10_cond --label 3 --guidance 2
+    python train.py --config configs/cifar10_cond.py --workdir runs/cifar10_cond
+    python sample.py --ckpt runs/cifar10_cond --labels cat --guidance 2
 
-Data: an .npz file with the 50,000 training images as "images", uint8 [50000, 32, 32, 3], and their classes as "labels".
+Data: that of the unconditional recipe, with its labels: airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.
 Hardware: that of the unconditional recipe, 8 cores of a TPU v3, 800,000 steps.
 Published result: none for this network; Ho et al. (2020) is unconditional.
 Differs from configs/cifar10.py: classes, of which one label in ten is left open (Ho & Salimans 2022, section 4, found 0.1 and

@@ -1,8 +1,8 @@
 """Improved DDPM on CIFAR-10, the recipe of Nichol & Dhariwal (2021) with learned variances and the cosine schedule.
 
-    python train.py --config configs/cifar10_improved.py --workdir runs/cifar10_improved --data.source cifar10_train.npz
+    python train.py --config configs/cifar10_improved.py --workdir runs/cifar10_improved
 
-Data: an .npz file with the 50,000 training images as "images", uint8 [50000, 32, 32, 3].
+Data: the 50,000 training images of cifar10 of TensorFlow Datasets; preparing them needs TensorFlow once (docs/recipes.md).
 Network: 52.5M parameters.
 Published result: 2.94 bits/dim by training on the bound alone; table 2 of the paper has the numbers for this loss, after
 500,000 steps, with EMA weights and 4000 steps of ddpm. Nobody has trained this file to the end yet.
@@ -13,7 +13,7 @@ start as Ho et al.'s.
 from ddpm_jax import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 
 config = Config(
-    data=DataConfig(source="cifar10_train.npz", image_shape=(32, 32, 3), flip=False),
+    data=DataConfig(source="tfds:cifar10", image_shape=(32, 32, 3), flip=False),
     diffusion=DiffusionConfig(schedule="cosine", num_steps=4000, prediction="eps", variance="learned_range", loss="hybrid"),
     model=ModelConfig(
         channels=128,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from helpers import ROOT
 
 from ddpm_jax import load_config
@@ -55,10 +56,58 @@ def test_an_improved_network_tells_its_variances():
     assert (unet.out_channels, unet.time_scale, unet.num_heads, unet.style) == (6, 0.25, 4, "improved")
 
 
-@pytest.mark.parametrize(("name", "total"), [("cifar10_improved", 52_546_438), ("stanford_cars64", 35_746_307)])
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("cifar10", 35_746_307),
+        ("cifar10_improved", 52_546_438),
+        ("celebahq256", 113_673_219),
+        ("lsun256_cat", 113_673_219),
+        ("stanford_cars64", 35_746_307),
+    ],
+)
 def test_parameters_of_the_recipes(name, total):
     config = recipe(name)
     assert num_params(jax.eval_shape(lambda: init_params(make_network(config), 0, config.data.image_shape))) == total
+
+
+# Ho et al. (2020), appendix B: steps, batch size, learning rate, mirroring, dropout, variance.
+HO = {
+    "cifar10": (800_000, 128, 2e-4, True, 0.1, "fixed_large"),
+    "celebahq256": (500_000, 64, 2e-5, True, 0.0, "fixed_small"),
+    "lsun256": (2_400_000, 64, 2e-5, True, 0.0, "fixed_small"),
+    "lsun256_church": (1_200_000, 64, 2e-5, True, 0.0, "fixed_small"),
+    "lsun256_cat": (1_800_000, 64, 2e-5, False, 0.0, "fixed_small"),
+}
+
+
+@pytest.mark.parametrize("name", HO)
+def test_numbers_of_the_paper(name):
+    config = recipe(name)
+    train, diffusion = config.train, config.diffusion
+    assert HO[name] == (
+        train.num_steps, train.batch_size, config.optim.learning_rate, config.data.flip, config.model.dropout,
+        diffusion.variance,
+    )  # fmt: skip
+    assert (diffusion.schedule, diffusion.num_steps, diffusion.prediction) == ("linear", 1000, "eps")
+    assert (config.optim.warmup_steps, config.optim.clip_norm, config.optim.ema_decay) == (5000, 1.0, 0.9999)
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar10_cond", "cifar10_improved", "celebahq256", "lsun256", "lsun256_church", "lsun256_cat",
+             "stanford_cars64"],
+)  # fmt: skip
+def test_a_recipe_names_a_set_that_there_is(name, tmp_path):
+    """By the builders' own account, images have the recipe's shape or any, and labels are as many. Nothing is downloaded."""
+    config = recipe(name)
+    prefix, _, known = config.data.source.partition(":")
+    assert prefix == "tfds" and config.data.split == "train"
+    builder_name, _, variant = known.partition("/")
+    features = tfds.builder_cls(builder_name)(config=variant or None, data_dir=tmp_path).info.features
+    shape = features["image"].shape
+    assert all(have in (None, want) for have, want in zip(shape, config.data.image_shape, strict=True))
+    if config.model.num_classes is not None:
+        assert features["label"].num_classes == config.model.num_classes
 
 
 def test_three_hundred_steps_end_in_noise():
