@@ -74,7 +74,7 @@ def shown(name: str) -> str:
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file that isn't a link. Raises OSError."""
-    with open(path, "rb", opener=_open_no_link) as file:  # noqa: PTH123 - Path.open takes no opener
+    with open(path, "rb", opener=_open_no_link) as file:
         return file.read()
 
 

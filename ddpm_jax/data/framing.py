@@ -61,8 +61,8 @@ class Frame:
         width, height = self.width * scale, self.height * scale
         left, top = left_draw * (size[0] - width), top_draw * (size[1] - height)
         if draw is None:  # at whole pixels, so that a crop by a whole factor is the exact mean
-            left, top = math.floor(left), math.floor(top)
-        return left, top, min(left + width, size[0]), min(top + height, size[1])
+            left, top = float(math.floor(left)), float(math.floor(top))
+        return left, top, min(left + width, float(size[0])), min(top + height, float(size[1]))
 
     def _resized(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
         return image.resize((self.width, self.height), _filter(box, (self.width, self.height)), box=box)
@@ -71,7 +71,11 @@ class Frame:
         """The whole image, as large as it fits, in the middle of a white one."""
         scale = min(self.width / image.width, self.height / image.height)
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        resized = image if size == image.size else image.resize(size, _filter((0, 0, *image.size), size))
+        resized = (
+            image
+            if size == image.size
+            else image.resize(size, _filter((0.0, 0.0, float(image.width), float(image.height)), size))
+        )
         canvas = Image.new(self.mode, (self.width, self.height), "white")
         canvas.paste(resized, ((self.width - size[0]) // 2, (self.height - size[1]) // 2))
         return canvas
