@@ -53,7 +53,10 @@ def test_emoji_by_category(emoji):
     assert image_set.class_names == tuple(sorted(counts)) and len(counts) > 8
     assert dict(zip(image_set.class_names, np.bincount(image_set.labels).tolist(), strict=True)) == counts
     images = image_set.images[:]
-    modes = {Image.open(path).mode for path in folder.rglob("*.png")}
+    modes = set()
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            modes.add(image.mode)
     assert len(images) == sum(counts.values()) > 1500 and modes & {"P", "RGBA"}
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]  # transparent in nearly all of them
     assert (corners == 255).mean() > 0.8
