@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: more than cameras have, and at most 256 MB decoded
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_SCANS = 100  # of a JPEG, each as large as the image whatever it weighs in the file; encoders write about ten
 ORIENTATION_TAG = 0x0112
 TURNS = {  # EXIF's orientation: what brings the image upright
@@ -84,7 +85,8 @@ def check(data: bytes) -> tuple[int, int]:
 def _guarded(data: bytes) -> Iterator[None]:
     """Whatever goes wrong is an UnusableImage."""
     try:
-        with _quiet() if b"acTL" in data else contextlib.nullcontext():  # Pillow warns of damaged animated PNGs
+        animated = data.startswith(PNG_MAGIC) and b"acTL" in data
+        with _quiet() if animated else contextlib.nullcontext():  # Pillow warns of damaged ones
             yield
     except UnusableImage:
         raise
@@ -111,10 +113,10 @@ def _open(data: bytes) -> ImageFile:
         _check_size(*_webp_size(data))  # opening it already takes memory for all its pixels
         return WebPImageFile(io.BytesIO(data))
     image: ImageFile
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(PNG_MAGIC):
         image = PngImageFile(io.BytesIO(data))
     elif data.startswith(b"\xff\xd8\xff"):
-        if data.count(b"\xff\xda") > MAX_SCANS:
+        if _num_scans(data) > MAX_SCANS:
             raise UnusableImage(f"a JPEG of more than {MAX_SCANS} scans")
         image = _Jpeg(io.BytesIO(data))
     elif data.startswith(b"BM"):
@@ -123,6 +125,12 @@ def _open(data: bytes) -> ImageFile:
         raise UnusableImage("neither PNG, JPEG, WebP nor BMP")
     _check_size(*image.size)
     return image
+
+
+def _num_scans(data: bytes) -> int:
+    """How often a JPEG's mark of a scan occurs; several times as fast as bytes.count."""
+    values = np.frombuffer(data, np.uint8)
+    return np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA))
 
 
 def _check_size(width: int, height: int) -> None:
