@@ -72,9 +72,9 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in os.fsencode(name).decode("utf-8", "replace"))
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: str) -> bytes:
     """The bytes of a file that isn't a link. Raises OSError."""
-    with open(path, "rb", opener=_open_no_link) as file:
+    with open(path, "rb", buffering=0, opener=_open_no_link) as file:
         return file.read()
 
 
@@ -109,13 +109,13 @@ def _examine(
     pool = ThreadPoolExecutor(num_workers)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            entries = pool.map(lambda name: _entry(folder / name, *stats[name]), names)
+            entries = pool.map(lambda name: _entry(f"{folder}/{name}", *stats[name]), names)
             yield from bar.track(zip(names, entries, strict=True), total=len(names), description="images")
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _entry(path: Path, size: int, mtime_ns: int) -> Entry:
+def _entry(path: str, size: int, mtime_ns: int) -> Entry:
     if size > MAX_BYTES:
         return Entry(size, mtime_ns, 0, 0, f"a file of {size} bytes, more than {MAX_BYTES}")
     try:

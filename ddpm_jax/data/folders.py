@@ -46,14 +46,14 @@ class FolderImages(StoredImages):
         return images
 
     def _image(self, name: str, draw: Float[np.ndarray, "3"] | None) -> UInt8[np.ndarray, "H W C"]:
-        path = self._folder / name
+        path = f"{self._folder}/{name}"
         target = None if self._frame.framing == "pad" else self._target  # of a padded image one side may be smaller
         try:
             return self._frame.fit(decode(read_file(path), self._frame.mode, target), draw)
         except OSError as error:
-            raise InputError(f"{shown(str(path))} can no longer be read: {error.strerror}") from error
+            raise InputError(f"{shown(path)} can no longer be read: {error.strerror}") from error
         except UnusableImage as error:
-            raise InputError(f"{shown(str(path))} has changed since the run began: {error}") from error
+            raise InputError(f"{shown(path)} has changed since the run began: {error}") from error
 
 
 def load_folder(path: Path, config: DataConfig) -> ImageSet:
