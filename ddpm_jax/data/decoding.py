@@ -130,7 +130,7 @@ def _open(data: bytes) -> ImageFile:
 def _num_scans(data: bytes) -> int:
     """How often a JPEG's mark of a scan occurs; several times as fast as bytes.count."""
     values = np.frombuffer(data, np.uint8)
-    return np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA))
+    return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
 
 
 def _check_size(width: int, height: int) -> None:
