@@ -269,7 +269,7 @@ def refused(tmp_path, *argv, fragments):
         ("--model.multipliers 1 1 1", ["model.multipliers = (1, 1, 1)", "28x28", "multiples of 8"]),
         ("--model.multipliers 1 1 1 1 --model.space-to-depth 1", ["model.multipliers", "28x28", "multiples of 8"]),
         ("--model.space-to-depth 3", ["space_to_depth = 3", "28x28"]),
-        ("--data.image-shape 32 32 3", ["fashion_mnist", "(28, 28, 1)", "(32, 32, 3)"]),
+        ("--data.image-shape 32 32 4", ["fashion_mnist", "(28, 28, 1)", "(32, 32, 4)"]),
         ("--train.batch-size 12", ["train.batch_size = 12", "8 devices", "8 or 16"]),
         ("--train.batch-size 3", ["train.batch_size = 3", "8 devices", "use 8"]),
         ("--train.batch-size 16 --optim.accumulate-steps 4", ["train.batch_size = 16", "8 devices", "4", "use 32"]),

@@ -141,7 +141,6 @@ def test_help_names_every_option_and_metric(capsys):
         (["--metrics", "bpd_ode", "--ode-steps", "21"], ["ode_steps = 21", "2 ... 20"]),
         (["--metrics", "bpd_ode", "--ode-probes", "0"], ["ode_probes = 0"]),
         (["--data", "nowhere.npz"], ["nowhere.npz"]),
-        (["--data", "fashion_mnist"], ["(28, 28, 1)", "(8, 8, 1)"]),
         (["--out", "."], ["--out", "folder"]),
         (["--weights", "best"], ["best"]),
         (["--num-image", "3"], ["num-image", "num-images"]),

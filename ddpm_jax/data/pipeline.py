@@ -5,7 +5,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -118,6 +117,8 @@ def _streamed(
     mesh: Mesh,
     starts: Iterable[int],
 ) -> Iterator[Batch]:
+    import grain  # takes a second, and sets on the device don't need it
+
     steps = np.fromiter(starts, np.int64)
     counts = np.minimum(np.diff(steps, append=config.train.num_steps), config.train.steps_per_dispatch).clip(1)
     read = _make_read(config, images, labels, order, mesh)

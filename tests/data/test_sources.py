@@ -48,7 +48,7 @@ def test_the_packaged_set_is_framed():
     np.testing.assert_array_equal(rgb, np.repeat(packaged, 3, axis=-1), strict=True)
 
 
-SLOW_IMPORTS = ("tensorflow", "tensorflow_datasets", "datasets", "pyarrow", "array_record", "pandas")
+SLOW_IMPORTS = ("tensorflow", "tensorflow_datasets", "datasets", "pyarrow", "grain", "pandas")
 
 
 @pytest.mark.parametrize(
