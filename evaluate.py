@@ -22,7 +22,7 @@ from ddpm_jax.checkpoint import run_folder
 from ddpm_jax.data import load_images
 from ddpm_jax.errors import InputError
 from ddpm_jax.evaluation.bits_per_dim import Scoring, evaluate_bits_per_dim
-from ddpm_jax.images import whole_file
+from ddpm_jax.files import whole_file
 from ddpm_jax.inference import load
 
 METRICS = ("bpd", "bpd_ode")

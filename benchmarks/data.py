@@ -31,7 +31,7 @@ import numpy as np
 from pictures import write_jpegs, write_pngs
 from PIL import Image
 from speed import processor
-from turns import Worker
+from turns import Worker, take_turns
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -80,11 +80,7 @@ def compare(table: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 candidates.append(Worker(name, [python, *arguments], environment() | {"XDG_CACHE_HOME": folder}))
             except (RuntimeError, OSError) as error:
                 print(f"left out: {error}", file=sys.stderr)
-        for _ in range(options.rounds):
-            for candidate in candidates:
-                candidate.turn(options.seconds)
-        for candidate in candidates:
-            candidate.end()
+        take_turns(candidates, options.rounds, options.seconds)
     ours = next((statistics.median(c.speeds) for c in candidates if c.name == "folder"), None)
     return [
         {

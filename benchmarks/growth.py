@@ -30,7 +30,7 @@ import matplotlib.figure
 import numpy as np
 from cases import CASES
 from speed import processor
-from turns import Worker, serve
+from turns import Worker, serve, take_turns
 from worker_jax import make_config, make_run, start_training
 
 from ddpm_jax.config import override
@@ -92,12 +92,9 @@ def start(point: Point) -> Worker:
 def measure(name: str, points: list[Point], options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each point of a table."""
     workers = [start(point) for point in points]
-    for _ in range(options.rounds):
-        for worker in workers:
-            worker.turn(options.seconds)
+    take_turns(workers, options.rounds, options.seconds)
     rows = []
     for point, worker in zip(points, workers, strict=True):
-        worker.end()
         speed = statistics.median(worker.speeds)
         rows.append(
             {

@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib.figure
 from cases import CASES
-from turns import Worker
+from turns import Worker, take_turns
 
 HERE = Path(__file__).parent
 PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compile", "lucidrains")
@@ -59,11 +59,7 @@ def compare(case: str, task: str, options: argparse.Namespace) -> list[dict[str,
                     again.end()
             except (RuntimeError, OSError) as error:
                 print(f"left out: {error}", file=sys.stderr)
-        for _ in range(options.rounds):
-            for candidate in candidates:
-                candidate.turn(options.seconds)
-        for candidate in candidates:
-            candidate.end()
+        take_turns(candidates, options.rounds, options.seconds)
     best = max((statistics.median(c.speeds) for c in candidates if c.is_peer), default=None)
     return [
         {

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -51,6 +51,15 @@ class Worker:
         self.log.seek(0)
         last = (self.log.read().strip().splitlines() or ["it ended without a word"])[-1]
         raise RuntimeError(f"{self.name}: {last}")
+
+
+def take_turns(workers: Sequence[Worker], rounds: int, seconds: float) -> None:
+    """Let the workers work one after the other, round by round, and finish."""
+    for _ in range(rounds):
+        for worker in workers:
+            worker.turn(seconds)
+    for worker in workers:
+        worker.end()
 
 
 def serve(run: Callable[[], int], num_params: int, versions: dict[str, str], **facts: object) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax.config import Config, differences, from_json, to_json
-from ddpm_jax.errors import InputError
+from ddpm_jax.errors import InputError, first_line
 from ddpm_jax.snapshots import WeightsError, find_weights, item_name, parse_weights, reconstruct
 from ddpm_jax.training.state import TrainState
 
@@ -103,7 +103,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | No
         try:
             loaded = ocp.load_checkpointables(path, items)
         except Exception as error:  # whatever Orbax or its storage raise: the checkpoint can't be used
-            damaged[path] = _first_line(error)
+            damaged[path] = _shortened(error)
             continue
         for bad, reason in damaged.items():
             logger.warning("checkpoint %s can't be read (%s): put aside as %s", bad, reason, _put_aside(bad).name)
@@ -184,7 +184,7 @@ def _load_one(path: Path, weights: str, make_abstract: Callable[[Config], PyTree
     except InputError:
         raise
     except Exception as error:  # see restore_newest
-        raise InputError(f"checkpoint {path} can't be read: {_first_line(error)}") from error
+        raise InputError(f"checkpoint {path} can't be read: {_shortened(error)}") from error
     return Weights(config, params, int(path.name))
 
 
@@ -207,7 +207,7 @@ def _stored_config(path: Path) -> Config:
     try:
         stored = ocp.metadata(path).custom_metadata or {}
     except Exception as error:  # see restore_newest
-        raise InputError(f"checkpoint {path} can't be read: {_first_line(error)}") from error
+        raise InputError(f"checkpoint {path} can't be read: {_shortened(error)}") from error
     if "config" not in stored:
         raise InputError(f"checkpoint {path} holds no config: it was not written by ddpm_jax")
     return from_json(stored["config"])
@@ -238,8 +238,8 @@ def _averages(state: TrainState) -> dict[str, PyTree]:
     return {item_name(name): average for name, average in state.averages.items()}
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0] or type(error).__name__
+def _shortened(error: Exception) -> str:
+    text = first_line(error)
     return text if len(text) <= 200 else text[:200] + " ..."
 
 

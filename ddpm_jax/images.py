@@ -3,16 +3,14 @@
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, ImageOps
 
 from ddpm_jax.errors import InputError
+from ddpm_jax.files import whole_file
 
 CELL_PIXELS = 64  # smaller images are enlarged to at least this in grids, each pixel to a square
 GAP_PIXELS = 2
@@ -88,7 +86,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "H 
         raise InputError(f"{path}: image files hold 1, 3 or 4 channels, but the model's images have {channels}")
     picture = _open(path)
     if channels != 4 and picture.has_transparency_data:
-        picture = _on_ground(picture, "white")
+        picture = on_ground(picture, "white")
     made = ImageOps.fit(_convert(path, picture, MODES[channels]), (width, height), Image.Resampling.BICUBIC)
     if (picture.size, picture.mode) != (made.size, made.mode):
         logger.info("%s: %dx%d %s made %dx%d %s (centre crop)", path, *picture.size, picture.mode, width, height, made.mode)
@@ -108,7 +106,7 @@ def read_mask(path: Path, image: Path, shape: tuple[int, int, int]) -> Bool[np.n
         proportions = " nor ".join(f"{w}x{h}" for w, h in sizes)
         raise InputError(f"{path}: a mask of {picture.width}x{picture.height} has the proportions neither of {proportions}")
     if picture.has_transparency_data:
-        picture = _on_ground(picture, "black")
+        picture = on_ground(picture, "black")
     mask = np.asarray(ImageOps.fit(_convert(path, picture, "L"), (width, height), Image.Resampling.BOX)) >= 128
     if not mask.any():
         raise InputError(f"{path}: the mask has no white: paint white what is to be made anew, and black what is to be kept")
@@ -137,22 +135,10 @@ def _convert(path: Path, picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert(mode)
 
 
-def _on_ground(picture: Image.Image, colour: str) -> Image.Image:
+def on_ground(picture: Image.Image, colour: str) -> Image.Image:
+    """The picture as RGBA, laid on a colour where it is transparent."""
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is whole; what was there before stays until then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 SAVERS = {".png": save_grid, ".gif": save_gif, ".npz": save_npz, "": save_folder}

@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from ddpm_jax.images import whole_file
+from ddpm_jax.files import whole_file
 
 logger = logging.getLogger("ddpm_jax")
 console = Console(stderr=True)

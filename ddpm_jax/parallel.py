@@ -10,7 +10,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
 from ddpm_jax.errors import InputError
+from ddpm_jax.files import cache_folder
 
 # XLA's CPU compiler gives some operations to a library that is several times slower than XLA's own code for the weight
 # gradients of convolutions. This keeps it to reductions; the numbers are the same up to rounding.
@@ -103,8 +103,7 @@ def keep_compiled() -> None:
     JAX's own variables decide where (JAX_COMPILATION_CACHE_DIR) and whether at all (JAX_ENABLE_COMPILATION_CACHE=false).
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -30,7 +30,7 @@ from ddpm_jax.images import check_output, save_grid
 from ddpm_jax.inference import to_uint8
 from ddpm_jax.parallel import check_batch_size, make_mesh
 from ddpm_jax.training.loop import fit_to_data
-from ddpm_jax.training.step import augment, step_key
+from ddpm_jax.training.step import augment, split_step_key, step_key
 
 CLASSES_SHOWN = 50
 
@@ -100,7 +100,7 @@ def class_name(config: Config, image_set: ImageSet, label: int) -> str:
 def first_batch(config: Config, image_set: ImageSet, mesh: Mesh) -> tuple[UInt8[np.ndarray, "B H W C"], np.ndarray | None]:
     """The images of step 0 as its network sees them, before noise, and their labels if there are any."""
     (batch,) = batches(_sent_as_in_training(config, image_set), image_set, mesh, [0])
-    images = augment(config, step_key(config.seed, 0), jax.numpy.asarray(batch.images[0]))
+    images = augment(config, split_step_key(step_key(config.seed, 0)).flip, jax.numpy.asarray(batch.images[0]))
     return np.asarray(to_uint8(images)), None if batch.labels is None else np.asarray(batch.labels[0])
 
 

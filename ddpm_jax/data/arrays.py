@@ -1,6 +1,5 @@
 """Images from arrays: .npy and .npz files, or a folder of such shards."""
 
-import dataclasses
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -8,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 
-from ddpm_jax.config import DataConfig
-from ddpm_jax.data.framing import Frame
 from ddpm_jax.data.image_set import ImageSet, StoredImages
-from ddpm_jax.errors import InputError
+from ddpm_jax.errors import InputError, first_line
 
 NPY_MAGIC = b"\x93NUMPY"  # an .npy file under another name is read as what it is
 CHUNK_ELEMENTS = 1 << 24  # values are checked in pieces of this size, so that a memory-mapped file is never whole in memory
@@ -54,12 +50,11 @@ def holds_arrays(folder: Path) -> bool:
 
 
 class StoredArrays(StoredImages):
-    """uint8 images of arrays [N_i, H, W, C], one array after the other, brought to a frame where there is one."""
+    """uint8 images of arrays [N_i, H, W, C], one array after the other."""
 
-    def __init__(self, parts: Sequence[np.ndarray], frame: Frame | None = None) -> None:
-        super().__init__(sum(map(len, parts)), parts[0].shape[1:] if frame is None else frame.image_shape)
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        super().__init__(sum(map(len, parts)), parts[0].shape[1:])
         self.parts = parts
-        self._frame = frame
         self._stops = np.cumsum([len(part) for part in parts])
 
     def read(
@@ -71,41 +66,8 @@ class StoredArrays(StoredImages):
         for number in np.unique(part_of):
             chosen = np.flatnonzero(part_of == number)
             part = self.parts[number]
-            found = part[indices[chosen] - (self._stops[number] - len(part))]
-            if self._frame is None:
-                images[chosen] = found
-                continue
-            for place, image in zip(chosen, found, strict=True):
-                images[place] = _fit(self._frame, image, None if draws is None else draws[place])
+            images[chosen] = part[indices[chosen] - (self._stops[number] - len(part))]
         return images
-
-
-def framed(image_set: ImageSet, config: DataConfig) -> ImageSet:
-    """A set of arrays brought to data.image_shape, or ready for random crops, where the config asks for either.
-
-    Images of one channel and of three become each other by Pillow's rule: grey is 0.299 R + 0.587 G + 0.114 B.
-
-    Raises:
-        InputError: float images, or other numbers of channels, which can't be framed.
-    """
-    images, shape = image_set.images, config.image_shape or image_set.image_shape
-    if shape == image_set.image_shape and config.framing != "random":
-        return image_set
-    if isinstance(images, StoredImages) and not isinstance(images, StoredArrays):
-        return image_set  # other sources frame as they decode
-    parts = images.parts if isinstance(images, StoredArrays) else [images]
-    asked = f"data.image_shape = {shape} and data.framing = {config.framing}"
-    if parts[0].dtype != np.uint8:
-        raise InputError(f"{config.source}: {asked} need uint8 images, not {parts[0].dtype}: save them as uint8")
-    if not {image_set.image_shape[2], shape[2]} <= {1, 3}:
-        here = f"images {image_set.image_shape} can't be brought to {asked}"
-        raise InputError(f"{config.source}: {here}: only 1 (grey) and 3 channels (RGB) can; save the images without others")
-    return dataclasses.replace(image_set, images=StoredArrays(parts, Frame(*shape, config.framing)))
-
-
-def _fit(frame: Frame, image: UInt8[np.ndarray, "h w c"], draw: Float[np.ndarray, "3"] | None) -> UInt8[np.ndarray, "H W C"]:
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return frame.fit(picture.convert(frame.mode), draw)
 
 
 def _is_shard(file: Path) -> bool:
@@ -168,7 +130,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} can't be read as a NumPy file: {_first_line(error)}") from error
+        raise InputError(f"{path} can't be read as a NumPy file: {first_line(error)}") from error
 
 
 def _check_images(path: Path, images: np.ndarray) -> None:
@@ -194,7 +156,3 @@ def _check_range(path: Path, parts: list[np.ndarray]) -> None:
         raise InputError(f"{path}: float images must lie in [-1, 1], not [{low:g}, {high:g}]: rescale them, or save uint8")
     if low >= 0:
         raise InputError(f"{path}: float images must fill [-1, 1], not [{low:g}, {high:g}]: if 0 is black, save 2 x - 1")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

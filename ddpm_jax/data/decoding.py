@@ -18,6 +18,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from ddpm_jax.errors import first_line
+from ddpm_jax.images import on_ground
+
 MAX_PIXELS = 1 << 26  # 8192 x 8192: more than cameras have, and at most 256 MB decoded
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_SCANS = 100  # of a JPEG, each as large as the image whatever it weighs in the file; encoders write about ten
@@ -91,8 +94,7 @@ def _guarded(data: bytes) -> Iterator[None]:
     except UnusableImage:
         raise
     except Exception as error:  # the kinds that Pillow raises on damaged files are too many to list
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UnusableImage(f"can't be decoded: {reason[:80]}") from error
+        raise UnusableImage(f"can't be decoded: {first_line(error)[:80]}") from error
 
 
 @contextlib.contextmanager
@@ -174,8 +176,7 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return _from_16_bits(image).convert(mode)
     if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert(mode)
+        return on_ground(image, "white").convert(mode)
     return image.copy() if image.mode == mode else image.convert(mode)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decoding import UnusableImage, decode
-from ddpm_jax.data.framing import SMALLEST_CROP, Frame
+from ddpm_jax.data.framing import Frame
 from ddpm_jax.data.image_set import StoredImages
 from ddpm_jax.errors import InputError
 
@@ -27,9 +26,6 @@ class EncodedImages(StoredImages):
     def __init__(self, source: str, num_images: int, fetch: Fetch, frame: Frame) -> None:
         super().__init__(num_images, frame.image_shape)
         self._source, self._fetch, self._frame = source, fetch, frame
-        # A JPEG is decoded no larger than the largest part of it that is used.
-        share = SMALLEST_CROP if frame.framing == "random" else 1
-        self._target = math.ceil(frame.width / share), math.ceil(frame.height / share)
 
     def read(
         self, indices: Int[np.ndarray, "B"], draws: Float[np.ndarray, "B 3"] | None = None
@@ -39,7 +35,7 @@ class EncodedImages(StoredImages):
         places = [int(index) for index in indices]
         for number, (place, data) in enumerate(zip(places, self._fetch(places), strict=True)):
             try:
-                image = decode(data, self._frame.mode, target=self._target)
+                image = decode(data, self._frame.mode, target=self._frame.cover)
             except UnusableImage as error:
                 raise _unusable(self._source, place, error) from error
             images[number] = self._frame.fit(image, None if draws is None else draws[number])
@@ -53,8 +49,6 @@ def find_frame(config: DataConfig, num_images: int, fetch: Fetch) -> Frame:
         InputError: images of several sizes, or a number of channels that images can't be decoded to.
     """
     if config.image_shape is not None:
-        if config.image_shape[2] not in (1, 3):
-            raise InputError(f"data.image_shape = {config.image_shape}: images have 1 channel (grey) or 3 (RGB)")
         return Frame.of(config)
     places = np.unique(np.linspace(0, num_images - 1, LOOKED_AT).astype(int)).tolist()
     images = [_look_at(config.source, place, data) for place, data in zip(places, fetch(places), strict=True)]

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from ddpm_jax.data.decoding import UnusableImage, check
 from ddpm_jax.errors import InputError
-from ddpm_jax.images import whole_file
+from ddpm_jax.files import cache_folder, whole_file
 from ddpm_jax.metrics import console
 
 logger = logging.getLogger("ddpm_jax")
@@ -63,8 +63,7 @@ def folder_index(folder: Path, num_workers: int) -> dict[str, Entry]:
 
 def cache_path(folder: Path, ending: str) -> Path:
     """Where what belongs to a folder is kept between runs."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "ddpm_jax" / "indexes" / (hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32] + ending)
+    return cache_folder("indexes") / (hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32] + ending)
 
 
 def shown(name: str) -> str:

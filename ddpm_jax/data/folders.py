@@ -6,7 +6,6 @@ Archives are not opened: unpack them first.
 """
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from jaxtyping import Float, Int, UInt8
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decoding import UnusableImage, decode
 from ddpm_jax.data.folder_index import Entry, cache_path, folder_index, read_file, shown
-from ddpm_jax.data.framing import SMALLEST_CROP, Frame
+from ddpm_jax.data.framing import Frame
 from ddpm_jax.data.image_set import ImageSet, StoredImages
 from ddpm_jax.errors import InputError
-from ddpm_jax.images import whole_file
+from ddpm_jax.files import whole_file
 
 logger = logging.getLogger("ddpm_jax")
 NUM_NAMED = 3  # unusable files that a message names; a list on disk names them all
@@ -33,8 +32,6 @@ class FolderImages(StoredImages):
     def __init__(self, folder: Path, names: Sequence[str], frame: Frame) -> None:
         super().__init__(len(names), frame.image_shape)
         self._folder, self._names, self._frame = folder, names, frame
-        share = SMALLEST_CROP if frame.framing == "random" else 1.0
-        self._target = math.ceil(frame.width / share), math.ceil(frame.height / share)
 
     def read(
         self, indices: Int[np.ndarray, "B"], draws: Float[np.ndarray, "B 3"] | None = None
@@ -47,7 +44,7 @@ class FolderImages(StoredImages):
 
     def _image(self, name: str, draw: Float[np.ndarray, "3"] | None) -> UInt8[np.ndarray, "H W C"]:
         path = f"{self._folder}/{name}"
-        target = None if self._frame.framing == "pad" else self._target  # of a padded image one side may be smaller
+        target = None if self._frame.framing == "pad" else self._frame.cover  # of a padded image one side may be smaller
         try:
             return self._frame.fit(decode(read_file(path), self._frame.mode, target), draw)
         except OSError as error:
@@ -64,8 +61,6 @@ def load_folder(path: Path, config: DataConfig) -> ImageSet:
     """
     if config.image_shape is None:
         raise InputError(f"data.image_shape must be given for the images in {path}: for example --data.image-shape 64 64 3")
-    if config.image_shape[2] not in (1, 3):
-        raise InputError(f"data.image_shape = {config.image_shape}: images in a folder have 1 channel (grey) or 3 (RGB)")
     folder, frame = path.resolve(), Frame.of(config)
     index = folder_index(folder, config.num_workers)
     if not index:

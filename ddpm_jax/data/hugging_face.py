@@ -12,7 +12,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.encoded import EncodedImages, class_labels, find_frame
 from ddpm_jax.data.image_set import ImageSet
-from ddpm_jax.errors import InputError
+from ddpm_jax.errors import InputError, joined_lines
 
 IMAGE_COLUMNS = ("image", "img")
 SPLIT_FILE = re.compile(r"(\w+)-\d+-of-\d+(?:-\w+)?|train|test|validation")  # as the hub names files
@@ -65,7 +65,7 @@ def _open(name: str, split: str) -> Any:
     except InputError:
         raise
     except Exception as error:  # the library raises what it meets: network, unknown names and splits, damaged files
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = joined_lines(error.__cause__ or error)[:300]
         raise InputError(f"hf:{name}, split {split!r}, can't be opened: {reason}") from error
 
 

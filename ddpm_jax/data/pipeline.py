@@ -13,12 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.image_set import ImageSet, StoredImages
-from ddpm_jax.data.order import Order, crop_draws, epoch_order, make_balanced_order, make_order
+from ddpm_jax.data.order import Order, crop_draws, make_balanced_order, make_order
 from ddpm_jax.errors import InputError
 from ddpm_jax.metrics import console
 from ddpm_jax.parallel import batch_sharding, compile_for, put, put_rows, replicated, rows_held
-
-__all__ = ["Batch", "batches", "epoch_order", "image_order", "make_order", "stays_on_device"]
 
 DISPATCHES_AHEAD = 2  # those that lie on the devices, ready, besides those that the worker threads are at
 PIECE = 64  # images that a worker thread decodes at a time when a whole set is
@@ -61,11 +59,16 @@ def batches(config: Config, image_set: ImageSet, mesh: Mesh, starts: Iterable[in
 
 def image_order(config: Config, image_set: ImageSet) -> Order:
     """The order that data.sampling asks for. Raises InputError where it needs labels and there are none."""
-    if config.data.sampling == "natural":
+    check_sampling(config, image_set)
+    if image_set.labels is None or config.data.sampling == "natural":
         return make_order(config.seed, len(image_set.images), config.train.batch_size)
-    if image_set.labels is None:
-        raise InputError(f"data.sampling = balanced needs classes, but {config.data.source} holds no labels: use natural")
     return make_balanced_order(config.seed, image_set.labels, config.train.batch_size)
+
+
+def check_sampling(config: Config, image_set: ImageSet) -> None:
+    """Raise InputError where data.sampling needs labels and there are none."""
+    if config.data.sampling == "balanced" and image_set.labels is None:
+        raise InputError(f"data.sampling = balanced needs classes, but {config.data.source} holds no labels: use natural")
 
 
 def stays_on_device(config: Config, image_set: ImageSet) -> bool:

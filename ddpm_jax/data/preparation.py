@@ -114,7 +114,7 @@ def _is_finished(out: Path, plan: Manifest) -> bool:
     manifest = read_manifest(out)
     stored = dataclasses.replace(manifest, shards=_planned(manifest.shards))
     check_same(out, json.loads(json.dumps(stored.to_json())), plan)
-    load_records(out, DataConfig())
+    load_records(out)
     remove(out / JOURNAL)  # there if the process was killed between its last two acts
     return True
 

@@ -21,11 +21,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Float, Int, UInt8
 
-from ddpm_jax.config import DataConfig, Framing
-from ddpm_jax.data.framing import Frame
+from ddpm_jax.config import Framing
 from ddpm_jax.data.image_set import ImageSet, StoredImages
-from ddpm_jax.errors import InputError
-from ddpm_jax.images import to_pil
+from ddpm_jax.errors import InputError, first_line
 
 MANIFEST, JOURNAL, LABELS = "manifest.json", "preparation.jsonl", "labels.npy"
 FORMAT_VERSION = 1
@@ -76,33 +74,26 @@ def is_prepared(path: Path) -> bool:
     return (path / MANIFEST).is_file() and any(path.glob("shard-*.array_record"))  # other folders have a manifest.json, too
 
 
-def load_records(path: Path, config: DataConfig) -> ImageSet:
-    """The images of a prepared set, framed to data.image_shape where that differs or where random crops are asked for.
+def load_records(path: Path) -> ImageSet:
+    """The images of a prepared set.
 
     Every shard's size and number of records is checked, its bytes are not: see verify_records.
 
     Raises:
-        InputError: a set that is not finished, damaged, or that can't be framed.
+        InputError: a set that is not finished, or damaged.
     """
     manifest = read_manifest(path)
-    frame = None
-    if config.image_shape not in (None, manifest.image_shape) or config.framing == "random":
-        frame = Frame.of(dataclasses.replace(config, image_shape=config.image_shape or manifest.image_shape))
-        if not {frame.channels, manifest.image_shape[2]} <= {1, 3}:
-            raise InputError(f"{path}: images of shape {manifest.image_shape} can't be framed to {frame.image_shape}")
-    images = RecordImages(path, manifest, frame)
-    return ImageSet(images, _read_labels(path, manifest), manifest.class_names)
+    return ImageSet(RecordImages(path, manifest), _read_labels(path, manifest), manifest.class_names)
 
 
 class RecordImages(StoredImages):
     """The images of a prepared set; reading is safe in several threads at once."""
 
-    def __init__(self, folder: Path, manifest: Manifest, frame: Frame | None) -> None:
-        super().__init__(manifest.count, frame.image_shape if frame else manifest.image_shape)
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        super().__init__(manifest.count, manifest.image_shape)
         self._paths = [folder / shard.name for shard in manifest.shards]
         self._readers = [open_shard(folder, shard) for shard in manifest.shards]
         self._starts = np.cumsum([0, *(shard.count for shard in manifest.shards)])
-        self._stored_shape, self._frame = manifest.image_shape, frame
 
     def read(
         self, indices: Int[np.ndarray, "B"], draws: Float[np.ndarray, "B 3"] | None = None
@@ -111,20 +102,16 @@ class RecordImages(StoredImages):
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
         for row, (shard, place) in enumerate(zip(shards.tolist(), (indices - self._starts[shards]).tolist(), strict=True)):
-            image = self._read_one(shard, place)
-            if self._frame is not None:
-                picture = to_pil(image).convert(self._frame.mode)
-                image = self._frame.fit(picture, None if draws is None else draws[row])
-            images[row] = image
+            images[row] = self._read_one(shard, place)
         return images
 
     def _read_one(self, shard: int, place: int) -> UInt8[np.ndarray, "H W C"]:
         try:  # one record a call: as fast as all of a shard, and other threads run meanwhile
             (record,) = self._readers[shard].read([place])
-            return np.frombuffer(record, np.uint8).reshape(self._stored_shape)
+            return np.frombuffer(record, np.uint8).reshape(self.shape[1:])
         except (RuntimeError, ValueError, IndexError) as error:
             raise InputError(
-                f"{self._paths[shard]}: image {place} can't be read ({_reason(error)}): "
+                f"{self._paths[shard]}: image {place} can't be read ({first_line(error)[:200]}): "
                 f"python prepare.py --verify {self._paths[shard].parent} finds every damaged shard"
             ) from error
 
@@ -167,7 +154,7 @@ def verify_records(path: Path) -> Manifest:
             wrong.append(file.name)
     if wrong:
         raise InputError(f"{path}: {len(wrong)} of {len(files)} files are damaged: {', '.join(wrong)}: {_ADVICE}")
-    load_records(path, DataConfig())
+    load_records(path)
     return manifest
 
 
@@ -194,7 +181,7 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError(f"longer than {MANIFEST_BYTES:,} bytes")
         return manifest_from_json(json.loads(file.read_bytes()))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not a manifest of prepare.py ({_reason(error)}): {_ADVICE}") from error
+        raise InputError(f"{file} is not a manifest of prepare.py ({first_line(error)[:200]}): {_ADVICE}") from error
 
 
 def manifest_from_json(values: Any) -> Manifest:
@@ -239,7 +226,7 @@ def _read_labels(path: Path, manifest: Manifest) -> Int[np.ndarray, "N"] | None:
     try:
         labels = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies can't make it allocate
     except ValueError as error:
-        raise InputError(f"{file} can't be read ({_reason(error)}): {_ADVICE}") from error
+        raise InputError(f"{file} can't be read ({first_line(error)[:200]}): {_ADVICE}") from error
     whole = labels.dtype == np.int32 and labels.shape == (manifest.count,) and sha256_of(file) == manifest.labels.sha256
     highest = len(manifest.class_names) or math.inf
     if not whole or labels.min() < 0 or labels.max() >= highest:
@@ -257,7 +244,3 @@ def _is_size(value: Any) -> bool:
 def _require(right: bool, what: str) -> None:
     if not right:
         raise ValueError(what)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.arrays import framed, holds_arrays, load_arrays
+from ddpm_jax.data.arrays import holds_arrays, load_arrays
 from ddpm_jax.data.folders import load_folder
+from ddpm_jax.data.framing import framed
 from ddpm_jax.data.hugging_face import load_hugging_face
 from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.records import is_prepared, load_records
@@ -27,30 +28,23 @@ KINDS = (
 
 
 def load_images(config: DataConfig) -> ImageSet:
-    """The images that a config names, checked.
+    """The images that a config names, checked, at its image_shape.
 
     Raises:
         InputError: no such set or file, or images that can't be used.
     """
-    image_set = framed(_open(config), config)
-    if config.image_shape is not None and image_set.image_shape != config.image_shape:
-        raise InputError(f"{config.source}: images are {image_set.image_shape}, but data.image_shape = {config.image_shape}")
-    return image_set
-
-
-def _open(config: DataConfig) -> ImageSet:
     source, path = config.source, Path(config.source).expanduser()
     if source in PACKAGED:
-        return load_packaged(source)
+        return framed(load_packaged(source), config)
     if is_prepared(path):  # asked before other folders: its labels are an .npy file
-        return load_records(path, config)
+        return framed(load_records(path), config)
     if source.startswith("tfds:"):
         return load_tfds(source.removeprefix("tfds:"), config)
     if source.startswith("hf:"):
         return load_hugging_face(source.removeprefix("hf:"), config)
     is_folder = bool(source) and path.is_dir()
     if path.is_file() or (is_folder and holds_arrays(path)):
-        return load_arrays(path)
+        return framed(load_arrays(path), config)
     if is_folder:  # no other kind of folder
         return load_folder(path, config)
     if known_to_tfds(source):

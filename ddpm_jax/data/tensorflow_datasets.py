@@ -25,7 +25,7 @@ from ddpm_jax.data.encoded import EncodedImages, class_labels, find_frame
 from ddpm_jax.data.framing import Frame
 from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.tfrecords import Part, TfRecords
-from ddpm_jax.errors import InputError
+from ddpm_jax.errors import InputError, joined_lines
 
 FORMAT, OLDER_FORMAT = "array_record", "tfrecord"
 COMMAND = "python -m ddpm_jax.data.tfds_preparation"
@@ -102,7 +102,7 @@ def _on_disk(name: str) -> Any:
     except registered.DatasetNotFoundError:
         return None
     except Exception as error:  # the library raises what it meets in files that are damaged or not its own
-        raise InputError(f"tfds:{name} in {data_folder()} can't be read: {_one_line(error)}") from error
+        raise InputError(f"tfds:{name} in {data_folder()} can't be read: {joined_lines(error)[:300]}") from error
     formats = [each.value for each in (builder.info.file_format, *builder.info.alternative_file_formats)]
     if FORMAT in formats[1:]:
         return read_only_builder.builder_from_files(name, file_format=FORMAT)
@@ -202,7 +202,7 @@ def _read(name: str, records: Any, places: Sequence[int]) -> list[Any]:
     try:
         return [tf_example_pb2.Example.FromString(record).features.feature for record in _raw(records, places)]
     except Exception as error:  # files that are missing or damaged, each with an exception of its own
-        raise InputError(f"tfds:{name} can't be read: {_one_line(error)}") from error
+        raise InputError(f"tfds:{name} can't be read: {joined_lines(error)[:300]}") from error
 
 
 def _raw(records: Any, places: Sequence[int]) -> Sequence[bytes]:
@@ -235,7 +235,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.level = before
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -27,7 +27,7 @@ from ddpm_jax.checkpoint import (
 )
 from ddpm_jax.config import Config, TrainConfig, flatten, override
 from ddpm_jax.data import ImageSet, batches, load_images
-from ddpm_jax.data.pipeline import image_order
+from ddpm_jax.data.pipeline import check_sampling
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images, make_network
@@ -140,7 +140,7 @@ def fit_to_data(config: Config, image_set: ImageSet) -> Config:
     if absent:
         resolutions = config.model.attention_resolutions
         raise InputError(f"model.attention_resolutions = {resolutions}: feature maps here have heights {heights}")
-    image_order(config, image_set)  # raises where it needs labels that are not there
+    check_sampling(config, image_set)
     num_classes, names = config.model.num_classes, config.data.class_names
     if num_classes is not None:
         names = names or image_set.class_names

@@ -61,6 +61,20 @@ def step_key(seed: int, step: Int[Array, ""] | int) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+class StepKeys(NamedTuple):
+    """The keys of a step, each for one purpose."""
+
+    flip: Key[Array, ""]
+    t: Key[Array, ""]
+    eps: Key[Array, ""]
+    dropout: Key[Array, ""]
+
+
+def split_step_key(key: Key[Array, ""]) -> StepKeys:
+    """The keys that the key of a step splits into."""
+    return StepKeys(*jax.random.split(key, len(StepKeys._fields)))
+
+
 def make_train_steps(train_step: TrainStep, max_count: int) -> TrainSteps:
     """The function (state, batches [K, B, ...], count) -> (state, metrics [K]) that makes the first count <= K steps.
 
@@ -95,8 +109,8 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet) -> LossAn
     def loss_and_grad(
         key: Key[Array, ""], params: PyTree, batch: Batch, history: LossHistory | None = None
     ) -> tuple[Float[Array, ""], PyTree, LossHistory | None]:
-        _, t_key, eps_key, dropout_key = jax.random.split(key, 4)
-        x0 = augment(config, key, jnp.asarray(batch.images))
+        flip_key, t_key, eps_key, dropout_key = split_step_key(key)
+        x0 = augment(config, flip_key, jnp.asarray(batch.images))
         if config.diffusion.timesteps == "importance":
             assert history is not None
             t, share = draw_by_loss(t_key, history, x0.shape[0])
@@ -143,9 +157,9 @@ def to_float(images: Shaped[Array, "B H W C"]) -> Float[Array, "B H W C"]:
 
 
 def augment(config: Config, key: Key[Array, ""], images: Shaped[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """The images as the network sees them in the step of this key, before noise: in [-1, 1], mirrored if data.flip says so."""
+    """The images as the network sees them, before noise: in [-1, 1], mirrored by the step's flip key if data.flip says so."""
     x0 = to_float(images)
-    return random_flip(jax.random.split(key, 4)[0], x0) if config.data.flip else x0
+    return random_flip(key, x0) if config.data.flip else x0
 
 
 def random_flip(key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
