@@ -243,6 +243,8 @@ def _shortened(error: Exception) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def abstract_like(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
-    """Shapes and dtypes of a tree of arrays or shapes, to be restored with the given sharding."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def abstract_like(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes and dtypes of a tree of arrays or shapes, to be restored with the given sharding, or one for each leaf."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda leaf, each: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=each), tree, shardings)

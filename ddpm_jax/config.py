@@ -153,6 +153,13 @@ class TrainConfig:
     """Images of one step, over all devices."""
     num_steps: int = 800_000
     """Steps to train in all, counted from the first start of the run."""
+    fsdp: int = 1
+    """Devices among which weights, moving averages and the optimiser's state are split, for networks too large for one: fully
+    sharded data parallelism. It divides the number of devices, and should divide that of each host."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: it ends the run, or its update is left out and counted."""
+    storage_timeout: int = 600
+    """Seconds that reading or writing a checkpoint may take; after them the run ends with an error, as the storage hangs."""
     steps_per_dispatch: int = 1
     """Steps that the device makes in one go where nothing is written between them; pays where a step takes milliseconds, or
     on a CPU. Ctrl-C takes effect after them."""
@@ -214,6 +221,9 @@ class Config:
 # Fields that may change between two starts of the same run: they decide what is written, not what is computed.
 HARMLESS = (
     "train.num_steps",
+    "train.fsdp",
+    "train.non_finite",
+    "train.storage_timeout",
     "train.steps_per_dispatch",
     "train.log_every_steps",
     "train.checkpoint_every_steps",

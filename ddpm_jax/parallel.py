@@ -1,12 +1,14 @@
 """Devices: the mesh, how arrays lie on it, and how programs are compiled for it. The one place that knows of devices.
 
-Every program is a `jax.jit` over one mesh of all devices: batches are split along the axis "data", the state is whole
-on each device, and the compiler adds the sums across devices. The same program runs on one device and on many, and
-random numbers, drawn by position in the global batch, are the same on both.
+Every program is a `jax.jit` over one mesh of all devices with the axes "data" and "fsdp". Batches are split over both. The
+state is whole along "data" and split along "fsdp", whose devices are neighbours: those of one host where they go into it.
+The same program runs on one device and on many, and random numbers, drawn by position in the global batch, are the same on
+both.
 """
 
 import ctypes
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -26,19 +28,47 @@ from ddpm_jax.files import cache_folder
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with the one axis "data" over the given devices, or all there are."""
+BATCH_AXES = ("data", "fsdp")
+SPLIT_SIZE = 1024  # arrays with fewer elements than this are not worth being split
+
+
+def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh with the axes "data" and "fsdp" over the given devices, or all there are, in their order.
+
+    Args:
+        devices: by default those of all processes, process by process.
+        fsdp: devices among which the state is split; neighbours in that order.
+
+    Raises:
+        InputError: no device, or a number of them that fsdp doesn't divide.
+    """
     try:
         devices = jax.devices() if devices is None else devices
     except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform that is not there
         reason = str(error).partition("\n")[0] or "check JAX_PLATFORMS"
         raise InputError(f"JAX finds no device: {reason}") from error
-    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    if len(devices) % fsdp:
+        divisors = [count for count in range(1, len(devices) + 1) if len(devices) % count == 0]
+        raise InputError(f"train.fsdp = {fsdp}: {len(devices)} devices can't be divided so: use one of {divisors}")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """One axis split over the devices, by default the first."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    """One axis split over all devices, by default the first."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+
+
+def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """How an array of the state lies: its longest axis that "fsdp" divides is split along it, the last of equally long ones.
+
+    Arrays below SPLIT_SIZE elements, and those without such an axis, are whole on every device.
+    """
+    parts = mesh.shape["fsdp"]
+    axes = [axis for axis, length in enumerate(shape) if length % parts == 0]
+    if parts == 1 or not axes or math.prod(shape) < SPLIT_SIZE:
+        return replicated(mesh)
+    longest = max(axes, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -66,10 +96,11 @@ def compile_for(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any
     return jax.jit(function, compiler_options=_compiler_options(mesh.devices.flat[0].platform), **options)
 
 
-def run_once(mesh: Mesh, function: Callable[[], Any]) -> Any:
-    """function() as one program, replicated over the mesh; on a CPU compiled quickly rather than to run quickly."""
+def run_once(mesh: Mesh, function: Callable[[], Any], shardings: PyTree = None) -> Any:
+    """function() as one program, by default whole on each device; on a CPU compiled quickly rather than to run quickly."""
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(function, out_shardings=replicated(mesh), compiler_options=quick)()
+    shardings = replicated(mesh) if shardings is None else shardings
+    return jax.jit(function, out_shardings=shardings, compiler_options=quick)()
 
 
 def compile_at_first_call(program: Any) -> Callable[..., Any]:

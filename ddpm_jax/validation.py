@@ -37,6 +37,8 @@ def validate(config: "Config") -> None:
         "optim.accumulate_steps": o.accumulate_steps,
         "train.batch_size": t.batch_size,
         "train.num_steps": t.num_steps,
+        "train.fsdp": t.fsdp,
+        "train.storage_timeout": t.storage_timeout,
         "train.steps_per_dispatch": t.steps_per_dispatch,
         "train.log_every_steps": t.log_every_steps,
         "train.checkpoint_every_steps": t.checkpoint_every_steps,

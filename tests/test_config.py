@@ -228,6 +228,8 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "optim.ema_decay": ([-0.1, 1], [0]),
     "train.batch_size": ([0, -128], [1]),
     "train.num_steps": ([0, -1], [1]),
+    "train.fsdp": ([0], [1]),
+    "train.storage_timeout": ([0], [1]),
     "train.steps_per_dispatch": ([0], [1]),
     "train.log_every_steps": ([0], [1]),
     "train.checkpoint_every_steps": ([0], [1]),
@@ -404,7 +406,8 @@ def test_a_list_in_a_config_file_is_a_tuple(tmp_path):
 # Decides what is written or how it is laid out, not what a run computes.
 HARMLESS = {name for name in FIELDS if name.startswith("sample.")} | {
     "data.device_megabytes", "data.num_workers", "data.max_unusable",
-    "train.num_steps", "train.steps_per_dispatch", "train.log_every_steps",
+    "train.num_steps", "train.fsdp", "train.non_finite", "train.storage_timeout", "train.steps_per_dispatch",
+    "train.log_every_steps",
     "train.checkpoint_every_steps", "train.keep_last",
     "train.keep_every_steps", "train.preview_every_steps", "train.preview_images", "train.snapshot_every_steps",
 }  # fmt: skip

@@ -60,15 +60,15 @@ def assert_trees_close(a, b):
 def test_mesh_of_all_devices_and_of_some():
     assert make_mesh().size == len(jax.devices()) == 8
     mesh = mesh_of(2)
-    assert mesh.axis_names == ("data",)
-    assert list(mesh.devices) == jax.devices()[:2]
+    assert mesh.axis_names == ("data", "fsdp")
+    assert list(mesh.devices.flat) == jax.devices()[:2]
 
 
 def test_shardings_split_the_first_axis_or_nothing():
     mesh = mesh_of(4)
     array = np.arange(24, dtype=np.float32).reshape(8, 3)
     split, whole = put(array, batch_sharding(mesh)), put(array, replicated(mesh))
-    assert split.sharding.spec == PartitionSpec("data")
+    assert split.sharding.spec == PartitionSpec(("data", "fsdp"))
     for index, shard in enumerate(sorted(split.addressable_shards, key=lambda shard: shard.device.id)):
         np.testing.assert_array_equal(shard.data, array[2 * index : 2 * index + 2])
     assert len(whole.addressable_shards) == 4

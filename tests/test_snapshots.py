@@ -34,7 +34,7 @@ def compile_for(mesh, function, **options):
 @pytest.fixture(scope="module", autouse=True)
 def small_world():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        patch.setattr(loop, "make_mesh", lambda fsdp: make_mesh(jax.devices()[:1], fsdp))
         patch.setattr(loop, "compile_for", compile_for)
         patch.setattr(loop, "make_unet", make_pixel_net)
         patch.setattr(inference, "make_unet", make_pixel_net)

@@ -36,7 +36,7 @@ from ddpm_jax.models import make_unet, num_params
 from ddpm_jax.parallel import check_batch_size, compile_at_first_call, compile_for, make_mesh, put, replicated, run_once
 from ddpm_jax.snapshots import save_snapshot, snapshot_due
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.state import TrainState, init_state
+from ddpm_jax.training.state import TrainState, init_state, state_shardings
 from ddpm_jax.training.step import Metrics, make_train_step, make_train_steps
 from ddpm_jax.validation import config_schedule
 
@@ -59,16 +59,17 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         raise InputError("train.snapshot_every_steps is set, but optim.ema_lengths is empty: give lengths such as 0.05 0.1")
     image_set = load_images(config.data)
     config = fit_to_data(config, image_set)
-    mesh = make_mesh()
+    mesh = make_mesh(fsdp=config.train.fsdp)
     check_batch_size(config.train.batch_size, mesh, config.optim.accumulate_steps)
     check_run_folder(workdir, config)
 
     unet = make_network(config)
     optimizer = make_optimizer(config.optim, config.train.num_steps)
-    abstract = abstract_like(jax.eval_shape(lambda: init_state(config, unet, optimizer)), replicated(mesh))
-    state = restore_newest(workdir, abstract)
+    abstract = jax.eval_shape(lambda: init_state(config, unet, optimizer))
+    shardings = state_shardings(mesh, abstract)
+    state = restore_newest(workdir, abstract_like(abstract, shardings))
     if state is None:
-        state = run_once(mesh, lambda: init_state(config, unet, optimizer))
+        state = run_once(mesh, lambda: init_state(config, unet, optimizer), shardings)
     start, total = int(state.step), config.train.num_steps
     if start > total:
         raise InputError(f"train.num_steps = {total}, but {workdir} has already made {start} steps")
@@ -79,7 +80,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
 
     train_step = make_train_step(config, config_schedule(config), unet, optimizer)
     train_steps = make_train_steps(train_step, config.train.steps_per_dispatch)
-    train_steps = compile_at_first_call(compile_for(mesh, train_steps, donate_argnums=0, out_shardings=replicated(mesh)))
+    out_shardings = (shardings, replicated(mesh))
+    train_steps = compile_at_first_call(compile_for(mesh, train_steps, donate_argnums=0, out_shardings=out_shardings))
     spans = functools.partial(dispatches, config.train, start)
     with (
         _stop_signals() as stop,

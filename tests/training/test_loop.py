@@ -57,7 +57,7 @@ def compile_for(mesh, function, **options):
 @pytest.fixture(scope="module", autouse=True)
 def small_world():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+        patch.setattr(loop, "make_mesh", lambda fsdp: make_mesh(jax.devices()[:1], fsdp))
         patch.setattr(loop, "make_unet", make_pixel_net)
         patch.setattr(inference, "make_unet", make_pixel_net)
         patch.setattr(loop, "make_train_step", make_train_step)
@@ -418,7 +418,7 @@ def test_another_config_is_refused_before_anything_is_written(config, tmp_path):
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(jax.devices()[:8]))
+    monkeypatch.setattr(loop, "make_mesh", lambda fsdp: make_mesh(jax.devices()[:8], fsdp))
     with pytest.raises(InputError, match=r"train\.batch_size = 4 .* 8 devices: use 8"):
         loop.train(config, tmp_path)
 
