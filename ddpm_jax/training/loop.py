@@ -78,7 +78,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     if start:
         logger.info("resuming %s from step %d", workdir, start)
 
-    train_step = make_train_step(config, config_schedule(config), unet, optimizer)
+    train_step = make_train_step(config, config_schedule(config), unet, optimizer, mesh)
     train_steps = make_train_steps(train_step, config.train.steps_per_dispatch)
     out_shardings = (shardings, replicated(mesh))
     train_steps = compile_at_first_call(compile_for(mesh, train_steps, donate_argnums=0, out_shardings=out_shardings))

@@ -74,7 +74,7 @@ def test_the_batch_is_mirrored_as_in_the_first_step(source, monkeypatch):
 
     monkeypatch.setattr(step_module, "make_loss", make_loss)
     unet = make_pixel_net(config.model, 1, False, 1000)
-    loss_and_grad = step_module.make_loss_and_grad(config, config_schedule(config), unet)
+    loss_and_grad = step_module.make_loss_and_grad(config, config_schedule(config), unet, mesh)
     (batch,) = inspect_data.batches(config, image_set, mesh, [0])
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     with jax.disable_jit():
