@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -33,7 +32,6 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 
 BATCH_AXES = ("data", "fsdp")
 SPLIT_SIZE = 1024  # arrays with fewer elements than this are not worth being split
-GATHERED = "gathered"  # the name under which `free_gathered` knows what `gather` has made
 
 
 def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1, local: bool = False) -> Mesh:
@@ -114,17 +112,24 @@ def gather(pieces: PyTree, specs: PyTree) -> PyTree:
     def one(piece: Array, spec: PartitionSpec) -> Array:
         if "fsdp" not in spec:
             return piece
-        whole = jax.lax.all_gather(piece, "fsdp", axis=spec.index("fsdp"), tiled=True)
-        return checkpoint_name(whole, GATHERED)
+        return jax.lax.all_gather(piece, "fsdp", axis=spec.index("fsdp"), tiled=True)
 
     return jax.tree.map(one, pieces, specs)
 
 
-def free_gathered(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, whose backward pass gathers arrays a second time rather than hold them whole since the forward pass."""
-    if mesh.shape["fsdp"] == 1:
-        return function
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+def free_gathered(function: Callable[..., Any], arrays: PyTree, specs: PyTree) -> Callable[..., Any]:
+    """function, whose backward pass gathers arrays a second time rather than hold them whole since the forward pass.
+
+    All else that the backward pass needs is held, but for whole arrays in another dtype, which are made again as well.
+    """
+    pairs = zip(jax.tree.leaves(arrays), jax.tree.leaves(specs), strict=True)
+    shapes = {array.shape for array, spec in pairs if "fsdp" in spec}
+
+    def is_held(primitive: Any, *inputs: Any, **_: Any) -> bool:
+        cast = primitive.name == "convert_element_type" and inputs[0].shape in shapes
+        return primitive.name != "all_gather" and not cast
+
+    return jax.checkpoint(function, policy=is_held) if shapes else function
 
 
 def reduce_gradients(grads: PyTree, specs: PyTree) -> PyTree:

@@ -149,7 +149,7 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mes
         examples = draw_examples(config, schedule, key, batch, history)
         examples = jax.lax.with_sharding_constraint(examples, batch_sharding(mesh))
         specs = split_specs(mesh, params)
-        of_device = _make_device_gradient(config, schedule, unet, mesh, specs, len(batch.images))
+        of_device = _make_device_gradient(config, schedule, unet, params, specs, len(batch.images))
         arguments, results = (PartitionSpec(), specs, rows), (PartitionSpec(), specs, rows)
         loss, grads, losses = on_each_device(mesh, of_device, arguments, results)(split_step_key(key).dropout, params, examples)
         if history is not None:
@@ -161,7 +161,7 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mes
 
 
 def _make_device_gradient(
-    config: Config, schedule: Schedule, unet: UNet, mesh: Mesh, specs: PyTree, batch_size: int
+    config: Config, schedule: Schedule, unet: UNet, params: PyTree, specs: PyTree, batch_size: int
 ) -> Callable[..., Any]:
     """What each device does: (dropout key, its pieces of the weights, its examples) -> (loss, its pieces of the gradient,
     loss of each of its images); loss and gradient are those of the whole batch.
@@ -174,7 +174,7 @@ def _make_device_gradient(
         losses = losses_of(bind(unet, gather(pieces, specs), labels, key, rows), x0, t, eps)
         return jnp.sum(losses if weight is None else weight * losses) / batch_size, losses
 
-    grad_fn = jax.value_and_grad(free_gathered(mesh, loss_fn), has_aux=True)
+    grad_fn = jax.value_and_grad(free_gathered(loss_fn, params, specs), has_aux=True)
 
     def of_device(key: Key[Array, ""], pieces: PyTree, examples: Examples) -> tuple[Array, PyTree, Array]:
         if parts == 1:
