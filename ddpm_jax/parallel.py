@@ -53,6 +53,11 @@ def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def local_mesh() -> Mesh:
+    """make_mesh over the devices of this process."""
+    return make_mesh(make_mesh().local_devices)
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """One axis split over all devices, by default the first."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
