@@ -67,6 +67,11 @@ def arrange(devices: Sequence[jax.Device], fsdp: int) -> np.ndarray:
     return np.asarray(by_host).reshape(-1, fsdp)
 
 
+def local_mesh() -> Mesh:
+    """make_mesh over the devices of this process."""
+    return make_mesh(make_mesh().local_devices)
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """One axis split over all devices, by default the first."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
