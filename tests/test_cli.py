@@ -5,8 +5,8 @@ import errno
 import functools
 import json
 import re
-import sys
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
