@@ -27,8 +27,8 @@ TIMEOUT = 5  # seconds after which a process that is not heard of is lost
 SPARE = 5  # seconds that a survivor may take besides
 OPTIONS = {
     "data.flip": True, "diffusion.num-steps": 50, "diffusion.schedule": "linear", "model.channels": 8,
-    "model.multipliers": "1 2", "model.num-res-blocks": 1, "model.attention-resolutions": 4, "model.dropout": 0.1, "model.num-groups": 4,
-    "model.space-to-depth": 1, "optim.warmup-steps": 5, "optim.decay": "constant", "train.batch-size": 8,
+    "model.multipliers": "1 2", "model.num-res-blocks": 1, "model.attention-resolutions": 4, "model.dropout": 0.1,
+    "model.num-groups": 4, "model.space-to-depth": 1, "optim.warmup-steps": 5, "optim.decay": "constant", "train.batch-size": 8,
     "train.num-steps": STEPS, "train.log-every-steps": 1, "train.checkpoint-every-steps": 10, "train.keep-last": 3,
     "train.keep-every-steps": "None", "train.preview-every-steps": 20, "train.preview-images": 4, "optim.ema-decays": 0.9,
     "sample.num-steps": 5, "train.steps-per-dispatch": 1,
