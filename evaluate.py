@@ -25,6 +25,7 @@ from ddpm_jax.errors import InputError
 from ddpm_jax.evaluation.bits_per_dim import Scoring, evaluate_bits_per_dim
 from ddpm_jax.files import whole_file
 from ddpm_jax.inference import load
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
 from ddpm_jax.processes import is_first
 
 METRICS = ("bpd", "bpd_ode")
@@ -56,11 +57,12 @@ class Arguments:
     """Images that each device scores at once."""
     out: Path | None = None
     """JSON file to write; None: evaluation.json in the run folder."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, print and write."""
-    known = {field.name for field in dataclasses.fields(Arguments)}
+    known = {field.name for field in dataclasses.fields(Arguments)} - {"processes"} | PROCESS_OPTIONS
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")

@@ -30,6 +30,7 @@ from ddpm_jax.edit_options import EditOptions, check_alone, check_edit, draw
 from ddpm_jax.errors import InputError
 from ddpm_jax.images import check_output, save_output
 from ddpm_jax.inference import load
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
 from ddpm_jax.labels import find_labels
 from ddpm_jax.metrics import sample_progress
 
@@ -75,11 +76,12 @@ class Arguments(EditOptions):
     """How far guided outputs are brought back to the standard deviation of unguided ones, 0 to 1."""
     batch_size: int | None = None
     """Images that each device draws at once."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, draw and write."""
-    known = {field.name for field in dataclasses.fields(Arguments)}
+    known = {field.name for field in dataclasses.fields(Arguments)} - {"processes"} | PROCESS_OPTIONS
     argv = [re.sub(r"^--label(?==|$)", "--labels", token) for token in argv]  # as it was called before there were names
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
     if args.list_samplers:

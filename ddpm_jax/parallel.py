@@ -247,6 +247,22 @@ def put_rows(local: np.ndarray, sharding: NamedSharding, shape: tuple[int, ...])
     return jax.make_array_from_process_local_data(sharding, local, shape)
 
 
+def weights_here(mesh: Mesh, weights: PyTree) -> tuple[Mesh, PyTree]:
+    """A mesh of this process's devices, and weights that lie on a mesh of all of them whole on each; all processes must ask.
+
+    Where there is one process, both as they are.
+    """
+    if mesh.is_multi_process:
+        here = make_mesh(list(mesh.local_devices))
+        whole = jax.jit(_as_it_is, out_shardings=replicated(mesh))(weights)
+        return here, jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), replicated(here)), whole)
+    return mesh, weights
+
+
+def _as_it_is(tree: PyTree) -> PyTree:
+    return tree
+
+
 @functools.cache
 def _compiler_options(platform: str) -> dict[str, str] | None:
     """CPU_OPTIONS on a CPU whose jaxlib knows them, otherwise none."""

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def test_option(argv, value):
     ("error", "status", "line"),
     [(None, 0, ""), (InputError("seed = -1: must be\n0 or more"), 2, "error: seed = -1: must be 0 or more\n"),
      (NonFiniteLossError("the loss is nan"), 1, "error: the loss is nan\n"), (KeyboardInterrupt(), 130, ""),
+     (cli._Terminated(), 143, ""),
      (OSError(errno.ENOSPC, "No space left on device", "a.png"), 2, "error: [Errno 28] No space left on device: 'a.png'\n")],
 )  # fmt: skip
 def test_exit_statuses(error, status, line, capsys, monkeypatch):
@@ -193,6 +195,7 @@ def test_exit_statuses(error, status, line, capsys, monkeypatch):
             raise error
 
     monkeypatch.setattr(cli, "log_to_terminal", lambda: None)
+    monkeypatch.setattr(cli, "end_now", lambda message, status: sys.exit(status))  # it would end the tests, too
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
     with pytest.raises(SystemExit) as end:
         cli.run(main)
