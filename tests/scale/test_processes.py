@@ -235,3 +235,19 @@ def test_others_that_don_t_come_are_named_in_time(words, tmp_path, index):
     assert "within --processes.timeout = 3 s" in errors_of([alone])[0]
     assert len(alone.errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_one_process_can_t_read_ends_both(images, words, tmp_path):
+    """The other one waits for it, in the middle of a step."""
+    prepared, logs = tmp_path / "prepared", tmp_path / "logs"
+    finish([start("prepare.py", ["--data.source", images, "--out", prepared], logs)])
+    shard = max(prepared.rglob("*.array_record"), key=lambda path: path.stat().st_size)
+    held = bytearray(shard.read_bytes())
+    held[len(held) // 2] ^= 1
+    shard.write_bytes(held)
+    changes = {"data.source": prepared, "data.device-megabytes": 0, "train.num-steps": MANY}
+    running = start_two(words, logs, [words(tmp_path / "run", changes)] * 2)
+    finish(running, status=2)
+    lines = errors_of(running)
+    assert sum(line.startswith("error: process ") for line in lines) == 1
+    assert all(shard.name in line for line in lines)
