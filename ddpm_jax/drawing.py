@@ -93,7 +93,9 @@ def draw_in_parts(
             os.sync()  # the parts go once the result is on the disk
             wait_for_all("the parts are joined")
             if is_first():
-                parts.remove()
+                parts.clear()
+                if not any(parts.folder.iterdir()):
+                    parts.folder.rmdir()
     except OSError as error:
         raise InputError(f"--out {out}: can't write there: {error.strerror}; the same command goes on") from error
 
@@ -133,14 +135,12 @@ class Parts:
             return None
         return np.frombuffer(pixels, np.uint8).reshape(shape)
 
-    def remove(self) -> None:
-        """Remove what belongs to parts, and the folder if it holds nothing else."""
+    def clear(self) -> None:
+        """Remove what was written; other files stay."""
         (self.folder / DESCRIPTION).unlink(missing_ok=True)  # first: without it, parts are no drawing's
         for path in self.folder.iterdir():
             if OWN_NAMES.fullmatch(path.name):
                 path.unlink()
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
     def _checksum(self, each: Range, pixels: bytes) -> bytes:
         """Of the pixels, their place and the drawing: what was moved here from elsewhere doesn't pass."""
@@ -161,7 +161,7 @@ def _begun(parts: Parts) -> Iterator[None]:
             except BlockingIOError as error:
                 raise InputError(f"another process is drawing into {parts.folder}: wait for it, or stop it") from error
             if not path.exists():
-                parts.remove()  # what a kill has left of a drawing that was done
+                parts.clear()  # what a kill has left of a drawing that was done
                 with whole_file(path) as file:
                     file.write((json.dumps(parts.description, indent=2) + "\n").encode())
         wait_for_all("the drawing is described")
