@@ -15,9 +15,10 @@ import jax
 import tyro
 
 from ddpm_jax.config import unknown_name
-from ddpm_jax.errors import InputError, NonFiniteLossError
+from ddpm_jax.errors import InputError, NonFiniteLossError, StorageHangError
 from ddpm_jax.metrics import log_to_terminal
 from ddpm_jax.parallel import keep_compiled
+from ddpm_jax.storage import leave
 
 T = TypeVar("T")
 
@@ -34,6 +35,8 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.exit(_report(error, 2))
     except NonFiniteLossError as error:
         sys.exit(_report(error, 1))
+    except StorageHangError as error:
+        leave(_report(error, 2))
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         sys.exit(0)

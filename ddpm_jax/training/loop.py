@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -15,25 +15,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.checkpoint import (
-    Checkpointer,
-    abstract_like,
-    check_run_folder,
-    newest_step,
-    open_checkpoints,
-    restore_newest,
-    save,
-    write_config,
-)
+from ddpm_jax.checkpoint import abstract_like, check_run_folder, newest_step, restore_newest, write_config
 from ddpm_jax.config import Config, TrainConfig, flatten, override
 from ddpm_jax.data import ImageSet, batches, load_images
 from ddpm_jax.data.pipeline import check_sampling
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images, make_network
+from ddpm_jax.lock import locked
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
 from ddpm_jax.models import make_unet, num_params
 from ddpm_jax.parallel import check_batch_size, compile_at_first_call, compile_for, make_mesh, put, replicated, run_once
+from ddpm_jax.processes import is_first
+from ddpm_jax.saving import Checkpoints
 from ddpm_jax.snapshots import save_snapshot, snapshot_due
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState, init_state, state_shardings
@@ -52,6 +46,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     Raises:
         InputError: a config, data or run folder that can't be used.
         NonFiniteLossError: the loss or its gradient is NaN or infinite.
+        StorageHangError: reading or writing a checkpoint has taken longer than train.storage_timeout.
     """
     workdir = Path(workdir)
     config = override(config, flatten(config))  # checks types and ranges of a config made in Python
@@ -61,13 +56,18 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     config = fit_to_data(config, image_set)
     mesh = make_mesh(fsdp=config.train.fsdp)
     check_batch_size(config.train.batch_size, mesh, config.optim.accumulate_steps)
+    with locked(workdir) if is_first() else nullcontext():
+        return _train(config, workdir, image_set, mesh)
+
+
+def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> TrainState:
     check_run_folder(workdir, config)
 
     unet = make_network(config)
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     abstract = jax.eval_shape(lambda: init_state(config, unet, optimizer))
     shardings = state_shardings(mesh, abstract)
-    state = restore_newest(workdir, abstract_like(abstract, shardings))
+    state = restore_newest(workdir, abstract_like(abstract, shardings), config.train.storage_timeout)
     if state is None:
         state = run_once(mesh, lambda: init_state(config, unet, optimizer), shardings)
     start, total = int(state.step), config.train.num_steps
@@ -85,7 +85,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     spans = functools.partial(dispatches, config.train, start)
     with (
         _stop_signals() as stop,
-        open_checkpoints(workdir, config) as checkpoints,
+        Checkpoints(workdir, config) as checkpoints,
         _Recorder(config, workdir, start, mesh, checkpoints) as recorder,
         closing(batches(config, image_set, mesh, (span.start for span in spans()))) as stream,
     ):
@@ -98,6 +98,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             if pending is not None:  # one dispatch behind, so that the devices never wait for the host
                 recorder.take(*pending)
             pending, step = (steps, metrics), steps.stop
+            checkpoints.check()
             last = step == total or stop.is_set()
             checkpoint_due = last or step % config.train.checkpoint_every_steps == 0
             if checkpoint_due or snapshot_due(config.train, step):
@@ -106,7 +107,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             if snapshot_due(config.train, step):
                 save_snapshot(workdir, state, step, config)
             if checkpoint_due:
-                save(checkpoints, state, step, config)
+                checkpoints.save(state, step)
             if recorder.preview_due(step) and not stop.is_set():
                 recorder.preview(step, state)
             if last:
@@ -159,9 +160,9 @@ def fit_to_data(config: Config, image_set: ImageSet) -> Config:
 class _Recorder:
     """What a run writes besides checkpoints: metrics, progress, previews."""
 
-    def __init__(self, config: Config, workdir: Path, start: int, mesh: Mesh, checkpoints: Checkpointer) -> None:
+    def __init__(self, config: Config, workdir: Path, start: int, mesh: Mesh, checkpoints: Checkpoints) -> None:
         self._config, self._workdir, self._mesh, self._checkpoints = config, workdir, mesh, checkpoints
-        self._writer = MetricsWriter(workdir)
+        self._writer = MetricsWriter(workdir, start)
         self._progress = TrainProgress(start, config.train.num_steps, config.train.batch_size)
         self._meter = Meter(config.train.batch_size)
 
