@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -42,7 +43,7 @@ def check_run_folder(workdir: Path, config: Config) -> None:
         return
     path, limit = workdir / "config.json", config.train.storage_timeout
     what = f"reading the config of {newest}"
-    stored = read_config(path) if path.exists() else within(what, limit, lambda: _stored_config(newest))
+    stored = read_config(path) if path.exists() else within(what, limit, lambda: from_json(_description(newest)["config"]))
     changed = differences(stored, config)
     if changed:
         raise InputError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir")
@@ -100,7 +101,7 @@ def restore_newest(workdir: Path, abstract_state: TrainState, timeout: int = TIM
 def _read(path: Path, items: dict[str, PyTree], timeout: int) -> tuple[dict[str, PyTree] | None, str]:
     """The items of a checkpoint, or None and the reason why not."""
     try:
-        return within(f"reading checkpoint {path}", timeout, lambda: read_items(path, items)), ""
+        return within(f"reading checkpoint {path}", timeout, lambda: read_items(path, items, read_description(path))), ""
     except StorageHangError:
         raise
     except Exception as error:  # whatever Orbax or its storage raise: the checkpoint can't be used
@@ -167,17 +168,15 @@ def load_weights(path: str | Path, weights: str, make_abstract: Callable[[Config
 
 
 def _load_one(path: Path, weights: str, make_abstract: Callable[[Config], PyTree]) -> Weights:
-    config = _stored_config(path)
+    description = _description(path)
+    config = from_json(description["config"])
     name = find_weights(weights, config)
     abstract = make_abstract(config)
     try:
         if isinstance(name, float):
             return Weights(config, reconstruct(path, name, config, abstract), int(path.name))
-        stored = ocp.checkpointables_metadata(path).metadata[name]
-        if stored is None:
-            raise InputError(f"checkpoint {path} can't be read: the description of its {weights} weights is missing")
-        _check_same_network(path, stored, abstract)
-        params = read_items(path, {name: abstract})[name]
+        _check_same_network(path, ocp.metadata(path, name).metadata, abstract)
+        params = read_items(path, {name: abstract}, description)[name]
     except InputError:
         raise
     except Exception as error:  # see restore_newest
@@ -200,14 +199,15 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(place, simple=True, separator="/"): tuple(leaf.shape) for place, leaf in leaves}
 
 
-def _stored_config(path: Path) -> Config:
+def _description(path: Path) -> dict[str, Any]:
+    """The description of a checkpoint of this program. Raises InputError where it can't be read or is another's."""
     try:
         stored = read_description(path)
     except Exception as error:  # see restore_newest
         raise InputError(f"checkpoint {path} can't be read: {reason(error)}") from error
     if "config" not in stored:
         raise InputError(f"checkpoint {path} holds no config: it was not written by ddpm_jax")
-    return from_json(stored["config"])
+    return stored
 
 
 def _put_all_aside(damaged: dict[Path, str]) -> None:

@@ -47,24 +47,23 @@ def write_items(path: Path, items: Mapping[str, PyTree], config: Config) -> Call
     return ocp.save_checkpointables_async(path, dict(items), custom_metadata=metadata).result
 
 
-def read_items(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Items of a checkpoint, shaped and laid out as the abstract ones.
-
-    Raises:
-        DamagedError: bits are not those that were saved. Checkpoints of before there were checksums are not asked.
-        Exception: whatever Orbax and its storage raise where it can't be read.
-    """
-    saved = read_description(path).get("checksums")
-    loaded = ocp.load_checkpointables(path, dict(abstract))
-    if saved is not None:
-        check({name: loaded[name] for name in abstract}, saved)
-    return loaded
-
-
 def read_description(path: Path) -> dict[str, Any]:
     """What is stored of a checkpoint beside its items: config and checksums. Raises what `read_items` does."""
     hush_leftovers()
     return unseal(ocp.metadata(path).custom_metadata or {})
+
+
+def read_items(path: Path, abstract: Mapping[str, PyTree], description: Mapping[str, Any]) -> dict[str, PyTree]:
+    """Items of a checkpoint, shaped and laid out as the abstract ones, compared with the checksums of its description.
+
+    Raises:
+        DamagedError: bits are not those that were saved. In checkpoints of before there were checksums that goes unnoticed.
+        Exception: whatever Orbax and its storage raise where it can't be read.
+    """
+    loaded = ocp.load_checkpointables(path, dict(abstract))
+    if "checksums" in description:
+        check({name: loaded[name] for name in abstract}, description["checksums"])
+    return loaded
 
 
 class Checkpoints:

@@ -17,7 +17,7 @@ from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.errors import InputError, StorageHangError
 from ddpm_jax.files import sync_all
 from ddpm_jax.processes import is_first
-from ddpm_jax.saving import item_name, read_items, write_items
+from ddpm_jax.saving import item_name, read_description, read_items, write_items
 from ddpm_jax.storage import reason, within
 from ddpm_jax.training.ema import MAX_LENGTH, Profile, average_names, gamma_from_length, solve_weights
 from ddpm_jax.training.state import TrainState
@@ -114,7 +114,7 @@ def reconstruct(checkpoint: Path, length: float, config: Config, abstract: PyTre
     total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float64), abstract)
     items = {item_name(f"ema:{each}"): abstract for each in lengths}
     for folder, each in zip(folders, shares.reshape(len(folders), len(lengths)), strict=True):
-        loaded = read_items(folder, items) if folder == checkpoint else _load_snapshot(folder, items)
+        loaded = read_items(folder, items, read_description(folder)) if folder == checkpoint else _load_snapshot(folder, items)
         for name, share in zip(items, each, strict=True):
             total = jax.tree.map(lambda a, b: a + share * np.asarray(b, np.float64), total, loaded[name])  # noqa: B023
     return jax.tree.map(lambda value, leaf: jax.device_put(value.astype(leaf.dtype), leaf.sharding), total, abstract)
@@ -122,7 +122,7 @@ def reconstruct(checkpoint: Path, length: float, config: Config, abstract: PyTre
 
 def _load_snapshot(folder: Path, items: dict[str, PyTree]) -> dict[str, PyTree]:
     try:
-        return read_items(folder, items)
+        return read_items(folder, items, read_description(folder))
     except Exception as error:  # whatever Orbax or its storage raise
         raise WeightsError(f"snapshot {folder} can't be read: move it away to do without ({reason(error)})") from error
 

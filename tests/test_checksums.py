@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ddpm_jax.checksums import DamagedError, check, checksums, seal, unseal
 from ddpm_jax.config import Config
 from ddpm_jax.parallel import make_mesh
-from ddpm_jax.saving import read_items, write_items
+from ddpm_jax.saving import read_description, read_items, write_items
 
 RANDOM = np.random.default_rng(0)
 # Orbax drops the coroutines of a read that has failed.
@@ -123,7 +123,7 @@ def checkpoint(tmp_path_factory):
 
 def read(path):
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SHARDING), ITEMS)
-    return jax.tree.map(np.asarray, read_items(path, abstract))
+    return jax.tree.map(np.asarray, read_items(path, abstract, read_description(path)))
 
 
 SHARDING = NamedSharding(make_mesh(jax.devices()[:1]), PartitionSpec())

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 from helpers import ROOT
-from test_checkpoint import abstract, assert_same_bits, make_state, names, truncate, write
+from test_checkpoint import abstract, assert_same_bits, host_state, make_state, names, truncate, write
 
 from ddpm_jax.checkpoint import restore_newest
 from ddpm_jax.checksums import checksums
