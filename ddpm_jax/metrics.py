@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from ddpm_jax.errors import InputError
 from ddpm_jax.files import whole_file
 
 logger = logging.getLogger("ddpm_jax")
@@ -36,31 +37,57 @@ def log_to_terminal() -> None:
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and to TensorBoard's event files in the run folder."""
+    """Appends records to metrics.jsonl and to TensorBoard's event files in the run folder.
 
-    def __init__(self, workdir: Path) -> None:
-        path = workdir / "metrics.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a")
-        if torn:  # the last line of a killed run
-            self._file.write("\n")
-        self._workdir = workdir
+    Args:
+        workdir: the run folder.
+        start: the step that a run goes on from: what was recorded after it is removed, as it comes again. None: all stays.
+    """
+
+    def __init__(self, workdir: Path, start: int | None = None) -> None:
+        self._path, self._start = workdir / "metrics.jsonl", start
+        with self._explained():
+            before = self._path.read_bytes() if self._path.exists() else b""
+            kept = b"".join(line + b"\n" for line in before.splitlines() if start is None or _step_of(line) <= start)
+            if kept != before:  # also where the last line of a killed run is torn
+                with whole_file(self._path) as file:
+                    file.write(kept)
+            self._file = self._path.open("a")
         self._events: SummaryWriter | None = None  # made by the first record: a run with nothing left to do has none
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add one record."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        if self._events is None:
-            self._events = SummaryWriter(str(self._workdir), flush_secs=10)
+        """Add one record. Raises InputError where it can't be written."""
+        with self._explained():
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            if self._events is None:
+                again = self._start + 1 if self._start else None
+                self._events = SummaryWriter(str(self._path.parent), flush_secs=10, purge_step=again)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish both files."""
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written, which was raised then
+            self._file.close()
         if self._events is not None:
             self._events.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            again = "the same command goes on from the last checkpoint"
+            raise InputError(f"{self._path} can't be written: {error.strerror}; {again}") from error
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a record; -1 for a line that is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import one_line_error
 from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
@@ -67,6 +68,30 @@ def test_the_newest_record_of_a_step_wins(tmp_path):
         (30, 0.3),
         (40, 0.4),
     ]
+
+
+def test_what_was_recorded_after_the_step_that_a_run_goes_on_from_is_removed(tmp_path):
+    write(tmp_path, *((step, {"loss": step / 10}) for step in (10, 20, 30)))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4')
+    writer = MetricsWriter(tmp_path, start=20)
+    for step in (30, 40):
+        writer.write(step, {"loss": step / 100})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [(record["step"], record["loss"]) for record in lines] == [(10, 1.0), (20, 2.0), (30, 0.3), (40, 0.4)]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    one_line_error(MetricsWriter, tmp_path, fragments=["metrics.jsonl can't be written: Is a directory", "the same command"])
+
+
+def test_a_full_disk_is_one_line_and_closes(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(tmp_path)
+    one_line_error(writer.write, 1, {"loss": 1.0}, fragments=["metrics.jsonl can't be written: No space left on device"])
+    writer.close()
 
 
 def test_lines_that_are_no_records(tmp_path):
