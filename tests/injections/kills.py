@@ -1,0 +1,197 @@
+"""Programs that are killed or asked to stop: at random instants, and at those where they write."""
+
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, last_step, newest, wait_until
+from injections.table import Fault, Outcome, require
+from runs import LIMIT, Running
+
+SEED = 6  # of the instants
+STOPPED = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # statuses after SIGTERM; the last one while Python is starting
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A program that is to be disturbed."""
+
+    start: Callable[[Path], Running]
+    """Starts it, or goes on, with what it writes at the path."""
+    at_work: str
+    """What it has written to stderr once it does what it is for."""
+    compare: Callable[[Path], list[str]]
+    """What differs at the path from what an undisturbed program has written."""
+    inspect: Callable[[Path, signal.Signals, str, str], int]
+    """Steps that are lost by the signal, given the path, what the program and its predecessor have written to stderr."""
+
+
+def campaign(subject: Subject, folder: Path, kills: int, terms: int) -> Outcome:
+    """Send the signals at random instants to a program that is started again and again until it has done its work.
+
+    Once it has, it is compared, and begun anew in another folder while signals are left. A quarter of the instants lie within
+    the start of the program, the others between the first sign of work and its end.
+    """
+    randomly = random.Random(SEED)
+    startup, length = measure(subject, folder / "measured")
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+    randomly.shuffle(signals)
+    runs, lost, path, before = 1, 0, folder / "run0" / "out", ""
+    while signals:
+        running = subject.start(path)
+        if send_at(running, signals[-1], startup, length, subject.at_work, randomly):
+            number = signals.pop()
+            status = running.wait(LIMIT)
+            require(status == -number or (number == signal.SIGTERM and status in STOPPED), f"status {status} after {number}")
+            require("Traceback" not in running.errors, running.errors)
+            lost = max(lost, subject.inspect(path, number, running.errors, before))
+            before = running.errors
+            continue
+        complete(subject, running, path)
+        runs, path, before = runs + 1, folder / f"run{runs}" / "out", ""
+    complete(subject, subject.start(path), path)
+    happened = f"{runs} started again until done after {kills} kills and {terms} SIGTERM: every result bit-equal"
+    return Outcome(happened, f"at most {lost} steps" if lost else "nothing")
+
+
+def measure(subject: Subject, folder: Path) -> tuple[float, float]:
+    """Seconds from the start of a program to its first sign of work, and from there to its end."""
+    began = time.monotonic()
+    running = subject.start(folder / "out")
+    running.wait_for(subject.at_work)
+    at_work = time.monotonic()
+    complete(subject, running, folder / "out")
+    return at_work - began, time.monotonic() - at_work
+
+
+def complete(subject: Subject, running: Running, path: Path) -> None:
+    """Wait for the program's good end, and require that it has written what an undisturbed one has."""
+    finish(running)
+    require(not (unlike := subject.compare(path)), f"not as undisturbed: {', '.join(unlike[:3])}")
+
+
+def send_at(
+    running: Running, number: signal.Signals, startup: float, length: float, at_work: str, randomly: random.Random
+) -> bool:
+    """Send a signal at a random instant; False if the program ended before."""
+    early, share = randomly.random() < 0.25, randomly.random()
+    if early:
+        time.sleep(share * startup)
+    else:
+        try:
+            running.wait_for(at_work)
+        except RuntimeError:  # there was nothing left to do
+            return False
+        time.sleep(share * length)
+    if running.process.poll() is not None:
+        return False
+    running.send(number)
+    return True
+
+
+def inspect_training(workdir: Path, number: signal.Signals, errors: str, before: str) -> int:
+    """Steps of training that have to be made again; requires that the stop was said and that nothing is lost by it."""
+    stopped = re.search(r"stopped at step (\d+) of \d+ and saved", errors)
+    resumed = re.search(r"resuming \S+ from step (\d+)", errors)
+    if resumed and (saved := re.search(r"stopped at step (\d+) of \d+ and saved", before)):
+        require(resumed[1] == saved[1], f"resumed from step {resumed[1]}, though step {saved[1]} was saved")
+    if stopped:
+        require(newest(workdir) == int(stopped[1]), f"step {stopped[1]} was not saved, but {newest(workdir)}")
+        return 0
+    lost = max(0, last_step(workdir) - newest(workdir))
+    require(lost <= 2 * EVERY, f"{lost} steps lost")  # a whole interval, and that during which the next is written
+    return lost
+
+
+def training(bench: Bench, folder: Path) -> Outcome:
+    subject = Subject(bench.train, f"/{STEPS}  loss", lambda out: different_runs(out, bench.trained), inspect_training)
+    return campaign(subject, folder, kills=20, terms=12)
+
+
+def preparing(bench: Bench, folder: Path) -> Outcome:
+    expected = contents(bench.prepared)
+    subject = Subject(bench.prepare, "shard ", lambda out: different(contents(out), expected), lambda *_: 0)
+    return campaign(subject, folder, kills=10, terms=4)
+
+
+def sampling(bench: Bench, folder: Path) -> Outcome:
+    expected = contents(bench.drawn)
+    subject = Subject(
+        lambda out: bench.sample(out.with_name("samples.npz")),
+        "image ",
+        lambda out: different(contents(out.with_name("samples.npz")), expected),
+        lambda *_: 0,
+    )
+    return campaign(subject, folder, kills=10, terms=4)
+
+
+def preempted(bench: Bench, folder: Path) -> Outcome:
+    running = bench.train(folder / "run")
+    running.wait_for(f"step {EVERY + 5}/")
+    sent = time.monotonic()
+    running.send(signal.SIGTERM)
+    status, seconds = running.wait(), time.monotonic() - sent
+    require(status == 0, f"status {status}: {running.errors}")
+    stopped = re.search(r"stopped at step (\d+) of \d+ and saved; the same command goes on from there", running.errors)
+    require(stopped is not None, running.errors)
+    errors = finish(bench.train(folder / "run"))
+    require(f"from step {stopped[1]}" in errors, errors)
+    require(not (unlike := different_runs(folder / "run", bench.trained)), f"differs: {unlike[:3]}")
+    return Outcome(f"saved step {stopped[1]}, status 0 after {seconds:.1f} s; resumed from it, end bit-equal", "nothing")
+
+
+def within_a_save(bench: Bench, folder: Path) -> Outcome:
+    checkpoints = folder / "run" / "checkpoints"
+    for due in (EVERY, 2 * EVERY):
+        running = bench.train(folder / "run")
+
+        def being_written(due: int = due) -> bool:
+            names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+            return any(str(due) in name and not name.isdigit() for name in names)
+
+        wait_until(being_written, running)
+        running.kill()
+        require(newest(folder / "run") == due - EVERY, f"step {newest(folder / 'run')} counts as saved")
+    finish(bench.train(folder / "run"))
+    left = [path.name for path in checkpoints.iterdir() if not path.name.isdigit()]
+    require(not left, f"left behind: {left}")
+    require(not (unlike := different_runs(folder / "run", bench.trained)), f"differs: {unlike[:3]}")
+    return Outcome("the part that was written never counted, and was removed; end bit-equal", "the steps since the save before")
+
+
+FAULTS = (
+    Fault(
+        "pre-emption",
+        "SIGTERM while training",
+        "the step is saved and the end is status 0; the same command goes on from that step",
+        preempted,
+    ),
+    Fault(
+        "kills-training",
+        "20 kill -9 and 12 SIGTERM at random instants of training",
+        "the same command goes on; at most the steps since the last save are made again, the end is that of an undisturbed run",
+        training,
+    ),
+    Fault(
+        "kills-preparing",
+        "10 kill -9 and 4 SIGTERM at random instants of prepare.py",
+        "the same command goes on; the files are those of an undisturbed run",
+        preparing,
+    ),
+    Fault(
+        "kills-sampling",
+        "10 kill -9 and 4 SIGTERM at random instants of sample.py",
+        "the same command goes on; the file is that of an undisturbed run",
+        sampling,
+    ),
+    Fault(
+        "kill-within-a-save",
+        "kill -9 as soon as the folder of a checkpoint being written shows, twice",
+        "what was being written never counts as a checkpoint; the same command goes on from the one before",
+        within_a_save,
+    ),
+)
