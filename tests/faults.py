@@ -81,7 +81,7 @@ def describe(future: Future[Outcome]) -> tuple[str, str, bool]:
     if isinstance(error, NotInjected):
         return f"not injected: {error}", "-", True
     reason = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
-    return f"**BROKEN**: {reason}", "?", False
+    return f"BROKEN: {reason[-1500:]}", "?", False
 
 
 if __name__ == "__main__":

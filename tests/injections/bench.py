@@ -44,7 +44,7 @@ class Bench:
 
     def train(self, workdir: Path, changes: Mapping[str, Any] | None = None, **environment: str) -> Running:
         """Start training in a run folder; changes replace options."""
-        return start("train.py", self.options(workdir, changes), workdir.parent / "logs", env=self.environment | environment)
+        return start("train.py", self.options(workdir, changes), self.logs(workdir), env=self.environment | environment)
 
     def options(self, workdir: Path, changes: Mapping[str, Any] | None = None) -> list[str]:
         """The command line of training in a run folder."""
@@ -53,15 +53,19 @@ class Bench:
             words += [f"--{name}"] if value is True else [f"--{name}", *str(value).split()]
         return words
 
+    def logs(self, path: Path) -> Path:
+        """The folder for what programs write to the terminal that write to the path."""
+        return self.scratch / "logs" / "-".join(path.relative_to(self.scratch).parts)
+
     def prepare(self, out: Path) -> Running:
         """Start preparing 20,000 images in 200 files."""
         words = ["--data.source", self.many, "--out", out, "--num-shards", "200"]
-        return start("prepare.py", words, out.parent / "logs", env=self.environment)
+        return start("prepare.py", words, self.logs(out), env=self.environment)
 
     def sample(self, out: Path) -> Running:
         """Start drawing NUM_IMAGES images from the undisturbed run."""
         words = ["--ckpt", self.trained, "--num-images", NUM_IMAGES, "--batch-size", BATCH, "--num-steps", 50, "--out", out]
-        return start("sample.py", [str(word) for word in words], out.parent / "logs", env=self.environment)
+        return start("sample.py", [str(word) for word in words], self.logs(out), env=self.environment)
 
     @property
     def trained(self) -> Path:

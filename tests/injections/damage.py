@@ -1,6 +1,7 @@
 """Files that are not as they were written: cut short, a bit flipped, a last line torn."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from injections.bench import EVERY, STEPS, Bench, different_runs, finish, newest
@@ -32,14 +33,14 @@ def flip(path: Path) -> None:
 
 
 def half_written(bench: Bench, folder: Path) -> Outcome:
-    return _two_damaged(bench, folder, cut)
+    return _damaged(bench, folder, cut)
 
 
 def bit_flipped(bench: Bench, folder: Path) -> Outcome:
-    return _two_damaged(bench, folder, flip)
+    return _damaged(bench, folder, flip)
 
 
-def _two_damaged(bench: Bench, folder: Path, damage) -> Outcome:
+def _damaged(bench: Bench, folder: Path, damage: Callable[[Path], None]) -> Outcome:
     """Damage the newest two of three checkpoints; the one before them must be used."""
     workdir, last = folder / "run", 3 * EVERY
     finish(bench.train(workdir, {"train.num-steps": last}))

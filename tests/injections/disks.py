@@ -10,7 +10,7 @@ from injections.bench import EVERY, STEPS, Bench, contents, different, different
 from injections.endings import error_line
 from injections.table import Fault, NotInjected, Outcome, require
 
-MEGABYTES = 24
+MEGABYTES = 48
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from injections.bench import EVERY, Bench, contents, different, different_runs, finish, wait_until
-from injections.endings import error_line
+from injections.endings import error_line, short
 from injections.table import Fault, Outcome, require
 from runs import Running, start_together, wait_all
 
@@ -60,15 +60,14 @@ def peer_dies(bench: Bench, folder: Path) -> Outcome:
     require("the same command" in last and "Traceback" not in survivor.errors, survivor.errors[-3000:])
     _ended(_together(bench, workdir))
     require(not (unlike := different_runs(workdir, undisturbed)), f"differs: {unlike[:3]}")
-    return Outcome(
-        f"the other ended after {seconds:.0f} s, status {status}, “{last}”; restarted, end bit-equal",
-        "the steps since the last save",
-    )
+    happened = f"the other ended after {seconds:.0f} s, status {status}: “{short(last)}”; restarted, end bit-equal"
+    return Outcome(happened, "the steps since the last save")
 
 
 def _together(bench: Bench, workdir: Path) -> list[Running]:
-    logs = workdir.parent / "logs"
-    return start_together("train.py", bench.options(workdir), logs, count=2, timeout=TIMEOUT, env=bench.environment)
+    return start_together(
+        "train.py", bench.options(workdir), bench.logs(workdir), count=2, timeout=TIMEOUT, env=bench.environment
+    )
 
 
 def _ended(running: list[Running]) -> None:
