@@ -163,13 +163,7 @@ def within_a_save(bench: Bench, folder: Path) -> Outcome:
     return Outcome("the part that was written never counted, and was removed; end bit-equal", "the steps since the save before")
 
 
-FAULTS = (
-    Fault(
-        "pre-emption",
-        "SIGTERM while training",
-        "the step is saved and the end is status 0; the same command goes on from that step",
-        preempted,
-    ),
+CAMPAIGNS = (
     Fault(
         "kills-training",
         "20 kill -9 and 12 SIGTERM at random instants of training",
@@ -188,6 +182,15 @@ FAULTS = (
         "the same command goes on; the file is that of an undisturbed run",
         sampling,
     ),
+)
+FAULTS = (
+    Fault(
+        "pre-emption",
+        "SIGTERM while training",
+        "the step is saved and the end is status 0; the same command goes on from that step",
+        preempted,
+    ),
+    *CAMPAIGNS,
     Fault(
         "kill-within-a-save",
         "kill -9 as soon as the folder of a checkpoint being written shows, twice",
