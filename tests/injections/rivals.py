@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from injections.bench import EVERY, Bench, contents, different, different_runs, finish, wait_until
@@ -17,7 +18,7 @@ def two_runs(bench: Bench, folder: Path) -> Outcome:
     workdir = folder / "run"
     first = bench.train(workdir)
     first.wait_for(f"step {EVERY}/")
-    happened = _refused(first, lambda: bench.train(workdir), workdir)
+    happened = _refused(first, lambda: bench.train(workdir), workdir, "in use")
     finish(first)
     require(not (unlike := different_runs(workdir, bench.trained)), f"differs: {unlike[:3]}")
     return Outcome(f"the second: {happened}; the first: undisturbed, end bit-equal", "nothing")
@@ -26,19 +27,19 @@ def two_runs(bench: Bench, folder: Path) -> Outcome:
 def two_preparations(bench: Bench, folder: Path) -> Outcome:
     first = bench.prepare(folder / "set")
     wait_until(lambda: bool(list((folder / "set").glob("shard*"))), first)
-    happened = _refused(first, lambda: bench.prepare(folder / "set"), folder / "set")
+    happened = _refused(first, lambda: bench.prepare(folder / "set"), folder / "set", "another process")
     finish(first)
     unlike = different(contents(folder / "set"), contents(bench.prepared))
     require(not unlike, f"differs: {unlike[:3]}")
     return Outcome(f"the second: {happened}; the first: undisturbed, end bit-equal", "nothing")
 
 
-def _refused(first: Running, start_second, written: Path) -> str:
-    """Start the second while the first one is held; require that it touches nothing."""
+def _refused(first: Running, start_second: Callable[[], Running], written: Path, fragment: str) -> str:
+    """Start the second while the first one is held; require that it says why it ends, and touches nothing."""
     first.send(signal.SIGSTOP)
     try:
         before = contents(written)
-        happened = error_line(start_second(), "another process")
+        happened = error_line(start_second(), fragment)
         require(not (changed := different(contents(written), before)), f"the second changed {changed[:3]}")
     finally:
         first.send(signal.SIGCONT)
