@@ -18,7 +18,7 @@ GOOD = [{"step": 1, "loss": 0.5, "images_per_second": 3.0}, {"step": 2, "loss": 
 def make_run(folder, weight=1.0, lines=GOOD, step=2):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    items = {"params": {"kernel": np.full((3, 2), weight, np.float32)}, "training": {"step": np.int32(step)}}
+    items = {"params": {"kernel": np.full((3, 2), weight, np.float32)}, "training": {"step": np.array(step, np.int32)}}
     ocp.save_checkpointables(folder / "checkpoints" / str(step), items)
     return folder
 

@@ -1,8 +1,9 @@
 """How programs end that can't go on, as the faults have it in common."""
 
 import re
+import subprocess
 
-from injections.table import require
+from injections.table import Broken, require
 from runs import Running
 
 
@@ -12,7 +13,10 @@ def error_line(running: Running, *fragments: str, statuses: tuple[int, ...] = (2
     Raises:
         Broken: another status, no such line or several, a traceback, or a line without one of the fragments.
     """
-    status, errors = running.wait(limit), running.errors
+    try:
+        status, errors = running.wait(limit), running.errors
+    except subprocess.TimeoutExpired as error:
+        raise Broken(f"has not ended after {limit:.0f} s: {running.errors[-2000:]}") from error
     require(status in statuses, f"status {status}: {errors[-2000:]}")
     require(not re.search(r"Traceback|^\s*Exception ", errors, re.M), errors[-2000:])
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]

@@ -43,16 +43,17 @@ def campaign(subject: Subject, folder: Path, kills: int, terms: int) -> Outcome:
     runs, lost, path, before = 1, 0, folder / "run0" / "out", ""
     while signals:
         running = subject.start(path)
-        if send_at(running, signals[-1], startup, length, subject.at_work, randomly):
-            number = signals.pop()
-            status = running.wait(LIMIT)
-            require(status == -number or (number == signal.SIGTERM and status in STOPPED), f"status {status} after {number}")
-            require("Traceback" not in running.errors, running.errors)
-            lost = max(lost, subject.inspect(path, number, running.errors, before))
-            before = running.errors
+        sent = send_at(running, signals[-1], startup, length, subject.at_work, randomly)
+        status = running.wait(LIMIT)
+        if not sent or (status == 0 and signals[-1] == signal.SIGKILL):  # it had ended a moment before
+            complete(subject, running, path)
+            runs, path, before = runs + 1, folder / f"run{runs}" / "out", ""
             continue
-        complete(subject, running, path)
-        runs, path, before = runs + 1, folder / f"run{runs}" / "out", ""
+        number = signals.pop()
+        require(status == -number or (number == signal.SIGTERM and status in STOPPED), f"status {status} after {number}")
+        require("Traceback" not in running.errors, running.errors)
+        lost = max(lost, subject.inspect(path, number, running.errors, before))
+        before = running.errors
     complete(subject, subject.start(path), path)
     happened = f"{runs} started again until done after {kills} kills and {terms} SIGTERM: every result bit-equal"
     return Outcome(happened, f"at most {lost} steps" if lost else "nothing")
