@@ -15,6 +15,7 @@ from runs import Running, start
 STEPS = 100
 EVERY = 25  # steps between checkpoints
 NUM_IMAGES, BATCH = 384, 16  # of a drawing
+NUM_SHARDS = 200  # of a preparation
 OPTIONS = {
     "data.flip": True, "diffusion.num-steps": 50, "model.channels": 8, "model.multipliers": 1, "model.num-res-blocks": 1,
     "model.attention-resolutions": "", "model.dropout": 0.1, "model.num-groups": 4, "model.space-to-depth": 1,
@@ -58,8 +59,8 @@ class Bench:
         return self.scratch / "logs" / "-".join(path.relative_to(self.scratch).parts)
 
     def prepare(self, out: Path) -> Running:
-        """Start preparing 20,000 images in 200 files."""
-        words = ["--data.source", self.many, "--out", out, "--num-shards", "200"]
+        """Start preparing 20,000 images in NUM_SHARDS files."""
+        words = ["--data.source", self.many, "--out", out, "--num-shards", str(NUM_SHARDS)]
         return start("prepare.py", words, self.logs(out), env=self.environment)
 
     def sample(self, out: Path) -> Running:

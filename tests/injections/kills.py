@@ -8,11 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, last_step, newest, wait_until
+from injections.bench import (
+    BATCH,
+    EVERY,
+    NUM_IMAGES,
+    NUM_SHARDS,
+    STEPS,
+    Bench,
+    contents,
+    different,
+    different_runs,
+    finish,
+    last_step,
+    newest,
+    wait_until,
+)
 from injections.table import Fault, Outcome, require
 from runs import LIMIT, Running
 
 SEED = 6  # of the instants
+STARTUP = 4.0  # seconds, about those from a program's start to its first step
 STOPPED = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # statuses after SIGTERM; the last one while Python is starting
 
 
@@ -22,8 +37,10 @@ class Subject:
 
     start: Callable[[Path], Running]
     """Starts it, or goes on, with what it writes at the path."""
-    at_work: str
-    """What it has written to stderr once it does what it is for."""
+    progress: str
+    """What stands in each line by which it tells how far it is."""
+    lines: int
+    """How many such lines it writes if nothing disturbs it."""
     compare: Callable[[Path], list[str]]
     """What differs at the path from what an undisturbed program has written."""
     inspect: Callable[[Path, signal.Signals, str, str], int]
@@ -33,21 +50,20 @@ class Subject:
 def campaign(subject: Subject, folder: Path, kills: int, terms: int) -> Outcome:
     """Send the signals at random instants to a program that is started again and again until it has done its work.
 
-    Once it has, it is compared, and begun anew in another folder while signals are left. A quarter of the instants lie within
-    the start of the program, the others between the first sign of work and its end.
+    Once it has, it is compared, and begun anew in another folder while signals are left. A third of the instants lie within
+    the start of the program, the others shortly after a random one of its lines of progress.
     """
     randomly = random.Random(SEED)
-    startup, length = measure(subject, folder / "measured")
     signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     randomly.shuffle(signals)
-    runs, lost, path, before = 1, 0, folder / "run0" / "out", ""
+    runs, lost, path, before = 1, 0, folder / "run1" / "out", ""
     while signals:
         running = subject.start(path)
-        sent = send_at(running, signals[-1], startup, length, subject.at_work, randomly)
+        sent = send_at(running, signals[-1], subject, randomly)
         status = running.wait(LIMIT)
         if not sent or (status == 0 and signals[-1] == signal.SIGKILL):  # it had ended a moment before
             complete(subject, running, path)
-            runs, path, before = runs + 1, folder / f"run{runs}" / "out", ""
+            runs, path, before = runs + 1, folder / f"run{runs + 1}" / "out", ""
             continue
         number = signals.pop()
         require(status == -number or (number == signal.SIGTERM and status in STOPPED), f"status {status} after {number}")
@@ -55,43 +71,29 @@ def campaign(subject: Subject, folder: Path, kills: int, terms: int) -> Outcome:
         lost = max(lost, subject.inspect(path, number, running.errors, before))
         before = running.errors
     complete(subject, subject.start(path), path)
-    happened = f"{runs} started again until done after {kills} kills and {terms} SIGTERM: every result bit-equal"
-    return Outcome(happened, f"at most {lost} steps" if lost else "nothing")
+    what = f"started again until done {runs} times, with {kills} kills and {terms} SIGTERM on the way; bit-equal each time"
+    return Outcome(what, f"at most {lost} steps" if lost else "nothing that was finished")
 
 
-def measure(subject: Subject, folder: Path) -> tuple[float, float]:
-    """Seconds from the start of a program to its first sign of work, and from there to its end."""
-    began = time.monotonic()
-    running = subject.start(folder / "out")
-    running.wait_for(subject.at_work)
-    at_work = time.monotonic()
-    complete(subject, running, folder / "out")
-    return at_work - began, time.monotonic() - at_work
+def send_at(running: Running, number: signal.Signals, subject: Subject, randomly: random.Random) -> bool:
+    """Send a signal at a random instant; False if the program ended before."""
+    lines = max(0, randomly.randint(-subject.lines // 3, subject.lines * 2 // 3))
+    delay = randomly.uniform(0, 0.3 if lines else STARTUP)
+    while running.errors.count(subject.progress) < lines:
+        if running.process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    time.sleep(delay)
+    if running.process.poll() is not None:
+        return False
+    running.send(number)
+    return True
 
 
 def complete(subject: Subject, running: Running, path: Path) -> None:
     """Wait for the program's good end, and require that it has written what an undisturbed one has."""
     finish(running)
     require(not (unlike := subject.compare(path)), f"not as undisturbed: {', '.join(unlike[:3])}")
-
-
-def send_at(
-    running: Running, number: signal.Signals, startup: float, length: float, at_work: str, randomly: random.Random
-) -> bool:
-    """Send a signal at a random instant; False if the program ended before."""
-    early, share = randomly.random() < 0.25, randomly.random()
-    if early:
-        time.sleep(share * startup)
-    else:
-        try:
-            running.wait_for(at_work)
-        except RuntimeError:  # there was nothing left to do
-            return False
-        time.sleep(share * length)
-    if running.process.poll() is not None:
-        return False
-    running.send(number)
-    return True
 
 
 def inspect_training(workdir: Path, number: signal.Signals, errors: str, before: str) -> int:
@@ -109,13 +111,13 @@ def inspect_training(workdir: Path, number: signal.Signals, errors: str, before:
 
 
 def training(bench: Bench, folder: Path) -> Outcome:
-    subject = Subject(bench.train, f"/{STEPS}  loss", lambda out: different_runs(out, bench.trained), inspect_training)
+    subject = Subject(bench.train, f"/{STEPS}  loss", STEPS, lambda out: different_runs(out, bench.trained), inspect_training)
     return campaign(subject, folder, kills=20, terms=12)
 
 
 def preparing(bench: Bench, folder: Path) -> Outcome:
     expected = contents(bench.prepared)
-    subject = Subject(bench.prepare, "shard ", lambda out: different(contents(out), expected), lambda *_: 0)
+    subject = Subject(bench.prepare, " written", NUM_SHARDS, lambda out: different(contents(out), expected), lambda *_: 0)
     return campaign(subject, folder, kills=10, terms=4)
 
 
@@ -123,7 +125,8 @@ def sampling(bench: Bench, folder: Path) -> Outcome:
     expected = contents(bench.drawn)
     subject = Subject(
         lambda out: bench.sample(out.with_name("samples.npz")),
-        "image ",
+        f"/{NUM_IMAGES} ",
+        NUM_IMAGES // BATCH,
         lambda out: different(contents(out.with_name("samples.npz")), expected),
         lambda *_: 0,
     )
