@@ -43,8 +43,11 @@ class Subject:
     """How many such lines it writes if nothing disturbs it."""
     compare: Callable[[Path], list[str]]
     """What differs at the path from what an undisturbed program has written."""
-    inspect: Callable[[Path, signal.Signals, str, str], int]
-    """Steps that are lost by the signal, given the path, what the program and its predecessor have written to stderr."""
+    saved: Callable[[Path], int] = lambda _: 0
+    """Steps that are saved at the path."""
+    inspect: Callable[[Path, str, int], int] = lambda *_: 0
+    """Steps that the signal has lost, given the path, what the program has written to stderr, and the steps that were saved
+    when it was started."""
 
 
 def campaign(subject: Subject, folder: Path, kills: int, terms: int) -> Outcome:
@@ -56,20 +59,19 @@ def campaign(subject: Subject, folder: Path, kills: int, terms: int) -> Outcome:
     randomly = random.Random(SEED)
     signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     randomly.shuffle(signals)
-    runs, lost, path, before = 1, 0, folder / "run1" / "out", ""
+    runs, lost, path = 1, 0, folder / "run1" / "out"
     while signals:
-        running = subject.start(path)
+        saved, running = subject.saved(path), subject.start(path)
         sent = send_at(running, signals[-1], subject, randomly)
         status = running.wait(LIMIT)
         if not sent or (status == 0 and signals[-1] == signal.SIGKILL):  # it had ended a moment before
             complete(subject, running, path)
-            runs, path, before = runs + 1, folder / f"run{runs + 1}" / "out", ""
+            runs, path = runs + 1, folder / f"run{runs + 1}" / "out"
             continue
         number = signals.pop()
         require(status == -number or (number == signal.SIGTERM and status in STOPPED), f"status {status} after {number}")
         require("Traceback" not in running.errors, running.errors)
-        lost = max(lost, subject.inspect(path, number, running.errors, before))
-        before = running.errors
+        lost = max(lost, subject.inspect(path, running.errors, saved))
     complete(subject, subject.start(path), path)
     what = f"started again until done {runs} times, with {kills} kills and {terms} SIGTERM on the way; bit-equal each time"
     return Outcome(what, f"at most {lost} steps" if lost else "nothing that was finished")
@@ -79,10 +81,10 @@ def send_at(running: Running, number: signal.Signals, subject: Subject, randomly
     """Send a signal at a random instant; False if the program ended before."""
     lines = max(0, randomly.randint(-subject.lines // 3, subject.lines * 2 // 3))
     delay = randomly.uniform(0, 0.3 if lines else STARTUP)
-    while running.errors.count(subject.progress) < lines:
-        if running.process.poll() is not None:
-            return False
-        time.sleep(0.005)
+    try:
+        wait_until(lambda: running.errors.count(subject.progress) >= lines, running, LIMIT)
+    except RuntimeError:  # fewer were left to write
+        return False
     time.sleep(delay)
     if running.process.poll() is not None:
         return False
@@ -96,28 +98,29 @@ def complete(subject: Subject, running: Running, path: Path) -> None:
     require(not (unlike := subject.compare(path)), f"not as undisturbed: {', '.join(unlike[:3])}")
 
 
-def inspect_training(workdir: Path, number: signal.Signals, errors: str, before: str) -> int:
-    """Steps of training that have to be made again; requires that the stop was said and that nothing is lost by it."""
-    stopped = re.search(r"stopped at step (\d+) of \d+ and saved", errors)
+def inspect_training(workdir: Path, errors: str, saved: int) -> int:
+    """Steps of training that have to be made again; requires that it had gone on from what was saved, and that a stop is."""
     resumed = re.search(r"resuming \S+ from step (\d+)", errors)
-    if resumed and (saved := re.search(r"stopped at step (\d+) of \d+ and saved", before)):
-        require(resumed[1] == saved[1], f"resumed from step {resumed[1]}, though step {saved[1]} was saved")
-    if stopped:
+    if resumed or "loss" in errors:
+        start = int(resumed[1]) if resumed else 0
+        require(start == saved, f"went on from step {start}, though {saved} was saved")
+    if stopped := re.search(r"stopped at step (\d+) of \d+ and saved", errors):
         require(newest(workdir) == int(stopped[1]), f"step {stopped[1]} was not saved, but {newest(workdir)}")
-        return 0
     lost = max(0, last_step(workdir) - newest(workdir))
     require(lost <= 2 * EVERY, f"{lost} steps lost")  # a whole interval, and that during which the next is written
     return lost
 
 
 def training(bench: Bench, folder: Path) -> Outcome:
-    subject = Subject(bench.train, f"/{STEPS}  loss", STEPS, lambda out: different_runs(out, bench.trained), inspect_training)
+    subject = Subject(
+        bench.train, f"/{STEPS}  loss", STEPS, lambda out: different_runs(out, bench.trained), newest, inspect_training
+    )
     return campaign(subject, folder, kills=20, terms=12)
 
 
 def preparing(bench: Bench, folder: Path) -> Outcome:
     expected = contents(bench.prepared)
-    subject = Subject(bench.prepare, " written", NUM_SHARDS, lambda out: different(contents(out), expected), lambda *_: 0)
+    subject = Subject(bench.prepare, " written", NUM_SHARDS, lambda out: different(contents(out), expected))
     return campaign(subject, folder, kills=10, terms=4)
 
 
@@ -128,7 +131,6 @@ def sampling(bench: Bench, folder: Path) -> Outcome:
         f"/{NUM_IMAGES} ",
         NUM_IMAGES // BATCH,
         lambda out: different(contents(out.with_name("samples.npz")), expected),
-        lambda *_: 0,
     )
     return campaign(subject, folder, kills=10, terms=4)
 
