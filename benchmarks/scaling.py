@@ -118,7 +118,7 @@ def predict(figures: dict[str, Any], chip: Chip, chips: int, assumed: Assumption
     for c in figures["collectives"]:
         spread = spread_of(c["group"], figures["devices"], figures["fsdp"], chips)
         exchange += exchange_seconds(c["kind"], c["bytes"], c["count"], chip, spread, assumed.links)
-    return Prediction(max(arithmetic, figures["bytes_accessed"] / chip.memory), exchange)
+    return Prediction(max(arithmetic, (figures["memory_bytes"] or 0.0) / chip.memory), exchange)
 
 
 @dataclasses.dataclass(frozen=True)

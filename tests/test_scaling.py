@@ -16,7 +16,7 @@ scaling, compiled = load_script("benchmarks/scaling.py"), load_script("benchmark
 FIGURES = json.loads((ROOT / "benchmarks/compiled.json").read_text())
 V5E, V5P, H100 = (scaling.CHIPS[name] for name in ("TPU v5e", "TPU v5p", "H100"))
 PLAIN = {
-    "flops": 1e12, "bytes_accessed": 0.0, "dtype": "bfloat16", "devices": 8, "fsdp": 1,
+    "flops": 1e12, "memory_bytes": 0.0, "dtype": "bfloat16", "devices": 8, "fsdp": 1,
     "collectives": [{"kind": "all-reduce", "bytes": 100e6, "group": 8, "count": 1}],
 }  # fmt: skip
 ALONE = scaling.Spread(1, 1)
@@ -76,7 +76,7 @@ def test_computation_is_bound_by_arithmetic_or_by_memory():
     assumed = scaling.Assumptions(utilisation=0.5)
     assert scaling.predict(PLAIN, H100, 8, assumed).compute == pytest.approx(1e12 / (0.5 * 989e12))
     assert scaling.predict(PLAIN | {"dtype": "float32"}, H100, 8, assumed).compute == pytest.approx(1e12 / (0.5 * 494.5e12))
-    assert scaling.predict(PLAIN | {"bytes_accessed": 1e12}, H100, 8, assumed).compute == pytest.approx(1e12 / 3.35e12)
+    assert scaling.predict(PLAIN | {"memory_bytes": 1e12}, H100, 8, assumed).compute == pytest.approx(1e12 / 3.35e12)
 
 
 @pytest.mark.parametrize(
