@@ -22,12 +22,12 @@ import jax
 import tyro
 
 from ddpm_jax.config import unknown_name
-from ddpm_jax.endings import end_lost, end_now
+from ddpm_jax.endings import end_lost, end_now, end_well
 from ddpm_jax.errors import InputError, NonFiniteLossError, StorageHangError, first_line
 from ddpm_jax.joining import Processes, start_processes
 from ddpm_jax.metrics import log_to_terminal
 from ddpm_jax.parallel import keep_compiled
-from ddpm_jax.processes import several, wait_for_all
+from ddpm_jax.processes import several
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def run(main: Callable[[Sequence[str]], None], joins: bool = True) -> NoReturn:
         if joins and "--help" not in argv:
             start_processes(_processes(argv))
         main(argv)
-        wait_for_all("the end")  # the first process may still be writing, and the service is at it
+        end_well()
     except InputError as error:
         _end(error, 2)
     except NonFiniteLossError as error:

@@ -18,14 +18,16 @@ from typing import IO, NoReturn
 
 import jax
 
-from ddpm_jax.processes import hear, is_first, process_index, several, tell
+from ddpm_jax.processes import hear, is_first, process_index, several, tell, wait_for_all
 
 LOST = 3  # exit status where another process was lost, unless JAX aborts this one
+OVER = "over"
 LINGER = 2.0  # seconds for which the first process, which holds the service, stays for the others to hear
 
 _ending = threading.Lock()  # never released: who takes it ends the process
 _words = "the connection to another process was lost; start the same command again in all processes"
-_beside: IO[bytes] | None = None  # what last_words.py reads
+_beside: IO[bytes] | None = None  # what last_words.py reads, once this process has joined others
+_listener: threading.Thread | None = None
 
 
 def end_now(message: str | None, status: int) -> NoReturn:
@@ -35,12 +37,19 @@ def end_now(message: str | None, status: int) -> NoReturn:
     """
     _ending.acquire()
     _say(message)
-    if several():
+    if _beside is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             tell("end", f"{status} {process_index()} {message or 'stopped'}")
-            if is_first():
-                time.sleep(LINGER)
-    os._exit(status)
+    _leave(status)
+
+
+def end_well() -> None:
+    """Wait for the others, and part from them; after that, the process can end as any other. A single one has none."""
+    if _listener is not None:
+        wait_for_all("the end")  # the first process may have more to write, and it holds the service
+        tell("end", OVER)
+        _listener.join()  # a thread that is still in JAX when Python ends would abort the process
+        jax.distributed.shutdown()
 
 
 def end_lost(reason: str) -> NoReturn:
@@ -53,16 +62,19 @@ def end_with_others() -> None:
 
     def listen() -> None:
         try:
-            status, origin, message = hear("end").split(" ", 2)
-        except jax.errors.JaxRuntimeError:  # the run is over
+            heard = hear("end")
+        except jax.errors.JaxRuntimeError:  # the service is gone, and JAX about to abort this process
             return
-        if int(origin) != process_index():
+        if heard != OVER:
+            status, origin, message = heard.split(" ", 2)
             _ending.acquire()
             _say(f"process {origin}: {message}")
-            os._exit(int(status))
+            _leave(int(status))
 
-    threading.Thread(target=listen, name="ends", daemon=True).start()
+    global _listener
     last_words(_words)
+    _listener = threading.Thread(target=listen, name="ends", daemon=True)
+    _listener.start()
 
 
 def last_words(line: str) -> None:
@@ -80,6 +92,12 @@ def last_words(line: str) -> None:
     _words = line
     _beside.write(f"{line}\n".encode())
     _beside.flush()
+
+
+def _leave(status: int) -> NoReturn:
+    if _beside is not None and is_first():
+        time.sleep(LINGER)
+    os._exit(status)
 
 
 def _say(message: str | None) -> None:

@@ -16,6 +16,8 @@ import jax
 
 from ddpm_jax.processes import from_all, hear, several, tell
 
+OVER = "over"
+
 logger = logging.getLogger("ddpm_jax")
 _runs = 0  # runs that this process has begun: each agrees by a name of its own
 
@@ -31,28 +33,36 @@ class Stop:
         self._hold = threading.Lock()
         self._dispatch = -1
         self._last: int | None = None
-        self._several = several()
-        if self._several:
-            threading.Thread(target=self._agree, name="stop", daemon=True).start()
+        self._thread: threading.Thread | None = None
+        if several():
+            self._thread = threading.Thread(target=self._agree, name="stop", daemon=True)
+            self._thread.start()
 
     def ask(self) -> None:
         """Ask for an end, in whichever process."""
         self._asked.set()
-        if self._several:
+        if self._thread is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run is over anyhow
                 tell(self._name, "please")
 
     def after(self, dispatch: int) -> bool:
         """Whether this dispatch is the last one. To be called with 0, 1, 2, ... as they are begun."""
-        if not self._several:
+        if self._thread is None:
             return self._asked.is_set()
         with self._hold:
             self._dispatch = dispatch
             return dispatch == self._last
 
+    def close(self) -> None:
+        """End the wait for a request: training is over."""
+        if self._thread is not None:
+            tell(self._name, OVER)  # where another process has asked before, the others are still told what this one has begun
+            self._thread.join()
+
     def _agree(self) -> None:
         try:
-            hear(self._name)
+            if hear(self._name) == OVER:
+                return
             with self._hold:
                 begun = from_all(f"{self._name}, begun", str(self._dispatch))
                 self._last = max(int(number) for number in begun) + 1
@@ -72,11 +82,13 @@ def stop_signals() -> Iterator[Stop]:
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
+        stop.close()
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handle) for number in numbers]
     try:
         yield stop
+        stop.close()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
