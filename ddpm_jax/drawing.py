@@ -172,7 +172,9 @@ def _begun(parts: Parts) -> Iterator[None]:
 
 
 def _check_same(path: Path, parts: Parts) -> None:
-    """Raise InputError where the folder holds parts of another drawing."""
+    """Raise InputError where the folder holds parts of another drawing, or where this process doesn't see it."""
+    if not path.exists():
+        raise InputError(f"{path} is not here: all processes need the same folder, on a file system that they share")
     try:
         old = json.loads(path.read_text())
         changed = [f"{name}: {old.get(name)} -> {new}" for name, new in parts.description.items() if old.get(name) != new]

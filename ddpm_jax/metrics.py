@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -109,7 +110,7 @@ def plot_loss(workdir: Path) -> None:
         return
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.5)
+    axes.plot([r["step"] for r in records], [r.get("loss", math.nan) for r in records], linewidth=1.5)
     axes.set(xlabel="step", ylabel="loss (mean squared error)", yscale="log", title="Training loss")
     axes.grid(visible=True, which="both", alpha=0.3)
     with whole_file(workdir / "loss.png") as file:
@@ -145,7 +146,8 @@ class TrainProgress:
     def report(self, step: int, values: dict[str, float]) -> None:
         """Show a record."""
         rate = values.get("images_per_second")
-        loss, speed = f"{values['loss']:.4f}", "-" if rate is None else f"{rate:.0f}"
+        loss = f"{values['loss']:.4f}" if "loss" in values else "-"
+        speed = "-" if rate is None else f"{rate:.0f}"
         self._bar.update(self._task, loss=loss, speed=speed)
         if not console.is_terminal:
             seconds = None if rate is None else int((self._total - step) * self._batch_size / rate)
@@ -154,17 +156,21 @@ class TrainProgress:
 
 
 class Meter:
-    """Means of the metrics, images per second, and the share of time spent waiting for data, since the last record."""
+    """Means of the metrics, images per second, and the share of time spent waiting for data, since the last record.
 
-    def __init__(self, batch_size: int) -> None:
+    Skipped steps are left out of the means, and counted where they may occur.
+    """
+
+    def __init__(self, batch_size: int, counts_skipped: bool = False) -> None:
         self._batch_size = batch_size
-        self._values: list[tuple[float, float, float]] = []
+        self._counts_skipped = counts_skipped
+        self._values: list[tuple[float, float, float, float]] = []
         self._since: float | None = None
         self._timed_steps = 0
         self._waited = 0.0
 
-    def add(self, *steps: tuple[float, float, float]) -> None:
-        """Take in (loss, grad_norm, learning_rate) of the steps of one dispatch.
+    def add(self, *steps: tuple[float, float, float, float]) -> None:
+        """Take in (loss, grad_norm, learning_rate, skipped) of the steps of one dispatch.
 
         The first dispatch only starts the clock: its time is mostly the compiler's.
         """
@@ -185,10 +191,13 @@ class Meter:
             self._waited += seconds
 
     def record(self) -> dict[str, float]:
-        """The record of the steps since the last one."""
+        """The record of the steps since the last one; without loss and norm where all of them were skipped."""
         now = time.perf_counter()
-        loss, grad_norm, _ = np.mean(self._values, axis=0).tolist()
-        record = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self._values[-1][2]}
+        made = [values for values in self._values if not values[3]]
+        record = dict(zip(("loss", "grad_norm"), np.mean(made, axis=0).tolist(), strict=False)) if made else {}
+        record["learning_rate"] = self._values[-1][2]
+        if self._counts_skipped:
+            record["skipped_steps"] = float(len(self._values) - len(made))
         if self._timed_steps and self._since is not None:
             record["images_per_second"] = self._timed_steps * self._batch_size / (now - self._since)
             record["data_wait"] = self._waited / (now - self._since)

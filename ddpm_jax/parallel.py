@@ -34,20 +34,18 @@ BATCH_AXES = ("data", "fsdp")
 SPLIT_SIZE = 1024  # arrays with fewer elements than this are not worth being split
 
 
-def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1, local: bool = False) -> Mesh:
+def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
     """A mesh with the axes "data" and "fsdp" over the given devices, or all there are, as `arrange` lays them out.
 
     Args:
         devices: by default those of all processes.
         fsdp: devices among which the state is split.
-        local: whether the default is the devices of this process alone, for programs that no other process takes part in.
 
     Raises:
         InputError: no device, or a number of them that fsdp doesn't divide.
     """
     try:
-        every = jax.local_devices if local else jax.devices
-        devices = every() if devices is None else devices
+        devices = jax.devices() if devices is None else devices
     except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform that is not there
         reason = str(error).partition("\n")[0] or "check JAX_PLATFORMS"
         raise InputError(f"JAX finds no device: {reason}") from error
@@ -142,7 +140,12 @@ def reduce_gradients(grads: PyTree, specs: PyTree) -> PyTree:
 
     Those of split arrays have been summed over "fsdp" by its gradient, and lack the sum over "data".
     """
-    return jax.tree.map(lambda grad, spec: jax.lax.psum(grad, "data" if "fsdp" in spec else BATCH_AXES), grads, specs)
+    return jax.tree.map(lambda grad, spec: sum_over(("data",) if "fsdp" in spec else BATCH_AXES, grad), grads, specs)
+
+
+def sum_over(axes: tuple[str, ...], x: Array) -> Array:
+    """Within `on_each_device`: the sum over devices along axes; along a single device no program, which would copy x."""
+    return jax.lax.psum(x, axes) if jax.lax.axis_size(axes) > 1 else x
 
 
 def tree_norm(mesh: Mesh, tree: PyTree) -> Float[Array, ""]:
@@ -152,9 +155,9 @@ def tree_norm(mesh: Mesh, tree: PyTree) -> Float[Array, ""]:
     def of_pieces(pieces: PyTree) -> Float[Array, ""]:
         squares = jax.tree.map(lambda piece: jnp.sum(jnp.square(piece)), pieces)
         pairs = list(zip(jax.tree.leaves(squares), jax.tree.leaves(specs), strict=True))
-        split = [square for square, spec in pairs if "fsdp" in spec]
-        whole = sum((square for square, spec in pairs if "fsdp" not in spec), start=jnp.zeros(()))
-        return jnp.sqrt(whole + jax.lax.psum(sum(split), "fsdp") if split else whole)
+        split = sum(square for square, spec in pairs if "fsdp" in spec)
+        whole = sum(square for square, spec in pairs if "fsdp" not in spec)
+        return jnp.sqrt(whole + sum_over(("fsdp",), jnp.asarray(split, jnp.float32)))
 
     return on_each_device(mesh, of_pieces, (specs,), PartitionSpec())(tree)
 

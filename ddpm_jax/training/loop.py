@@ -45,6 +45,8 @@ from ddpm_jax.validation import config_schedule
 
 logger = logging.getLogger("ddpm_jax")
 
+MAX_SKIPPED = 100  # steps in a row; one bad batch or an overflow passes, weights that give no numbers don't come back
+
 
 def train(config: Config, workdir: str | Path) -> TrainState:
     """Train until train.num_steps, or go on from the newest checkpoint in workdir; return the last state.
@@ -55,7 +57,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
 
     Raises:
         InputError: a config, data or run folder that can't be used.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; with train.non_finite = "skip", MAX_SKIPPED times
+            in a row.
         StorageHangError: reading or writing a checkpoint has taken longer than train.storage_timeout.
     """
     workdir = Path(workdir)
@@ -180,7 +183,8 @@ class _Recorder:
         self._config, self._workdir, self._mesh, self._checkpoints = config, workdir, mesh, checkpoints
         self._writer = MetricsWriter(workdir, start) if is_first() else None
         self._progress = TrainProgress(start, config.train.num_steps, config.train.batch_size)
-        self._meter = Meter(config.train.batch_size)
+        self._meter = Meter(config.train.batch_size, counts_skipped=config.train.non_finite == "skip")
+        self._skipped_in_a_row = 0
 
     def __enter__(self) -> "_Recorder":
         if self._writer is not None:
@@ -196,8 +200,10 @@ class _Recorder:
         """Read the metrics of steps, counted from 0, and write the record that is due. Raises NonFiniteLossError."""
         values = jax.device_get(metrics)
         rows = list(zip(*(value[: len(steps)].tolist() for value in values), strict=True))
-        for number, (loss, grad_norm, _) in enumerate(rows, steps.start + 1):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        for number, (loss, grad_norm, _, skipped) in enumerate(rows, steps.start + 1):
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+            if not finite and (not skipped or self._skipped_in_a_row == MAX_SKIPPED):
                 raise NonFiniteLossError(self._diverged(number, loss, grad_norm))
         if self._writer is None:  # the first process writes
             return
@@ -236,9 +242,11 @@ class _Recorder:
         newest = newest_step(self._workdir)
         folder = self._workdir / "checkpoints"
         good = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {folder / str(newest)}"
+        count = self._skipped_in_a_row
+        times = f", the {count}th step in a row to be skipped" if self._config.train.non_finite == "skip" else ""
         what = f"the loss is {loss}, the gradient's norm {grad_norm},"
         advice = "try a lower optim.learning-rate or a longer optim.warmup-steps in another --workdir"
-        return f"{what} at step {step}; {good}; {advice}"
+        return f"{what} at step {step}{times}; {good}; {advice}"
 
 
 def _facts(config: Config, image_set: ImageSet, workdir: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ddpm_jax.parallel import (
     reduce_gradients,
     replicated,
     split_specs,
+    sum_over,
     tree_norm,
 )
 from ddpm_jax.training.ema import ema_decay, ema_update, update_averages
@@ -188,7 +189,7 @@ def _make_device_gradient(
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, pieces))
             (loss, grads), losses = jax.lax.scan(add, zero, jax.tree.map(lambda x: _split(x, parts), examples))
             losses = _join(losses)
-        return jax.lax.psum(loss, BATCH_AXES), reduce_gradients(grads, specs), losses
+        return sum_over(BATCH_AXES, loss), reduce_gradients(grads, specs), losses
 
     return of_device
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.scale
 
 STEPS = 20
 MANY = 100_000  # more steps than any run makes before it is stopped
-TIMEOUT = 5  # seconds after which a process that is not heard of is lost
+TIMEOUT = 8  # seconds after which a process that is not heard of is lost
 SPARE = 5  # seconds that a survivor may take besides
 OPTIONS = {
     "data.flip": True, "diffusion.num-steps": 50, "diffusion.schedule": "linear", "model.channels": 8,
