@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT
 from jax.sharding import PartitionSpec
 
 from ddpm_jax.checkpoint import abstract_like, restore_newest
@@ -121,7 +122,7 @@ def test_the_rule_by_which_an_array_is_split(shape, fsdp, expected):
 @pytest.mark.parametrize("name", ["cifar10", "lsun256"])
 @pytest.mark.parametrize("fsdp", [2, 4, 8])
 def test_each_device_holds_its_share_of_a_large_state(name, fsdp):
-    config = load_config(f"configs/{name}.py", {"data.image_shape": (32, 32, 3) if name == "cifar10" else (256, 256, 3)})
+    config = load_config(ROOT / f"configs/{name}.py", {"data.image_shape": (32, 32, 3) if name == "cifar10" else (256, 256, 3)})
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = jax.eval_shape(lambda: init_state(config, make_network(config), optimizer))
     shardings = state_shardings(make_mesh(jax.devices(), fsdp), state)
