@@ -99,27 +99,24 @@ def test_a_read_that_hangs_ends_with_an_error(tmp_path):
 
 
 def test_a_write_that_hangs_is_noticed_between_steps(tmp_path, monkeypatch):
-    release, real = threading.Event(), saving.write_items
-
-    def hanging(path, items, config):
-        finish = real(path, items, config)
-        return finish if path.name == "1" else lambda: (release.wait(), finish())
-
-    monkeypatch.setattr(saving, "write_items", hanging)
+    write(tmp_path, [1])
+    release = threading.Event()
+    monkeypatch.setattr(saving, "write_items", lambda *_: release.wait)
 
     def run():
         with Checkpoints(tmp_path, with_train(storage_timeout=1)) as checkpoints:
-            checkpoints.save(make_state(1), 1)
             checkpoints.save(make_state(2), 2)
-            for _ in range(100):
+            for _ in range(200):
                 checkpoints.check()
                 time.sleep(0.05)
 
+    began = time.monotonic()
     with pytest.raises(StorageHangError) as caught:
         run()
+    assert time.monotonic() - began < 8
     release.set()
     message = str(caught.value)
-    assert "writing checkpoint" in message and "has not ended after 1 s" in message
+    assert f"writing checkpoint {tmp_path / 'checkpoints' / '2'} has not ended after 1 s" in message
     assert f"the newest whole checkpoint is {tmp_path / 'checkpoints' / '1'}" in message
     assert "\n" not in message
 
