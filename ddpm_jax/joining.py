@@ -70,6 +70,7 @@ def start_processes(processes: Processes) -> None:
             raise
     finally:
         late.cancel()
+        late.join()
     if several():
         if not is_first():
             logger.setLevel(logging.WARNING)
