@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,13 +17,17 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from ddpm_jax.errors import InputError
 from ddpm_jax.files import whole_file
 
 logger = logging.getLogger("ddpm_jax")
 console = Console(stderr=True)
+
+FLUSH_SECONDS = 10.0  # after which TensorBoard may see what was recorded
 
 
 def log_to_terminal() -> None:
@@ -54,7 +59,7 @@ class MetricsWriter:
                 with whole_file(self._path) as file:
                     file.write(kept)
             self._file = self._path.open("a")
-        self._events: SummaryWriter | None = None  # made by the first record: a run with nothing left to do has none
+        self._events: _Events | None = None  # made by the first record: a run with nothing left to do has none
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add one record. Raises InputError where it can't be written."""
@@ -62,17 +67,16 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step} | values) + "\n")
             self._file.flush()
             if self._events is None:
-                again = self._start + 1 if self._start else None
-                self._events = SummaryWriter(str(self._path.parent), flush_secs=10, purge_step=again)
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+                self._events = _Events(self._path.parent, self._start or 0)
+            self._events.write(step, values)
 
     def close(self) -> None:
         """Finish both files."""
         with suppress(OSError):  # of a line that could not be written, which was raised then
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        with suppress(OSError):
+            if self._events is not None:
+                self._events.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -81,6 +85,30 @@ class MetricsWriter:
         except OSError as error:
             again = "the same command goes on from the last checkpoint"
             raise InputError(f"{self._path} can't be written: {error.strerror}; {again}") from error
+
+
+class _Events:
+    """TensorBoard's event file, written in this thread: that of SummaryWriter, and what it does at exit, print tracebacks where
+    the disk is full. Where a run goes on, TensorBoard is told to forget what came after `start`.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        self._flushed = -FLUSH_SECONDS
+        if start:
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START))
+            )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _step_of(line: bytes) -> int:

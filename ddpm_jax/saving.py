@@ -24,6 +24,9 @@ from ddpm_jax.storage import Background, hush_leftovers, newest_first, reason, r
 from ddpm_jax.training.state import TrainState
 
 
+NO_LIMIT = 10**8  # seconds: Orbax measures its limit by the wall clock, which may jump; train.storage_timeout holds instead
+
+
 def item_name(name: str) -> str:
     """The name under which an average is stored: a colon is not for every file system."""
     return name.replace(":", "-")
@@ -44,7 +47,8 @@ def write_items(path: Path, items: Mapping[str, PyTree], config: Config) -> Call
     """
     hush_leftovers()
     metadata = seal({"config": to_json(config), "checksums": checksums(items)})
-    return ocp.save_checkpointables_async(path, dict(items), custom_metadata=metadata).result
+    with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=NO_LIMIT)):
+        return ocp.save_checkpointables_async(path, dict(items), custom_metadata=metadata).result
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import struct
 from types import SimpleNamespace
 
@@ -89,8 +90,9 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_closes(tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = MetricsWriter(tmp_path)
+    with open("/dev/full", "wb") as full:  # noqa: PTH123, a device
+        os.dup2(full.fileno(), writer._file.fileno())
     one_line_error(writer.write, 1, {"loss": 1.0}, fragments=["metrics.jsonl can't be written: No space left on device"])
     writer.close()
 
