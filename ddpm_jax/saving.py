@@ -23,7 +23,6 @@ from ddpm_jax.processes import is_first, wait_for_all
 from ddpm_jax.storage import Background, hush_leftovers, newest_first, reason, remove_checkpoint, remove_leftovers, within
 from ddpm_jax.training.state import TrainState
 
-
 NO_LIMIT = 10**8  # seconds: Orbax measures its limit by the wall clock, which may jump; train.storage_timeout holds instead
 
 
