@@ -92,7 +92,7 @@ def test_what_several_processes_cannot_draw_ends_them_all(run, tmp_path, options
 def test_scores_of_any_topology(run, tmp_path):  # noqa: F811
     """Of 40 images; the bound to the last bit, the ODE's number to rounding; another topology goes on with what is there."""
     results = []
-    for count, devices in TOPOLOGIES:
+    for count, devices in (TOPOLOGIES[0], TOPOLOGIES[2]):
         folder = Path(shutil.copytree(run, tmp_path / f"{count}x{devices}"))
         argv = ["--ckpt", folder, "--metrics", "bpd,bpd_ode"]
         running = start_together("evaluate.py", argv, tmp_path / "logs", count=count, devices=devices)
