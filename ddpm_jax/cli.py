@@ -23,7 +23,7 @@ import tyro
 
 from ddpm_jax.config import unknown_name
 from ddpm_jax.endings import end_lost, end_now, end_well
-from ddpm_jax.errors import InputError, NonFiniteLossError, first_line
+from ddpm_jax.errors import InputError, NonFiniteLossError, StorageHangError, first_line
 from ddpm_jax.joining import Processes, start_processes
 from ddpm_jax.metrics import log_to_terminal
 from ddpm_jax.parallel import keep_compiled
@@ -56,6 +56,8 @@ def run(main: Callable[[Sequence[str]], None], joins: bool = True) -> NoReturn:
         _end(error, 2)
     except NonFiniteLossError as error:
         _end(error, 1)
+    except StorageHangError as error:  # Python would wait for the thread that hangs
+        end_now(str(error), 2)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         sys.exit(0)
