@@ -27,13 +27,21 @@ TIMEOUT = 8  # seconds after which a process that is not heard of is lost
 SPARE = 5  # seconds that a survivor may take besides
 OPTIONS = {
     "data.flip": True, "diffusion.num-steps": 50, "diffusion.schedule": "linear", "model.channels": 8,
-    "model.multipliers": "1 2", "model.num-res-blocks": 1, "model.attention-resolutions": 4, "model.dropout": 0.1,
+    "model.multipliers": 1, "model.num-res-blocks": 1, "model.attention-resolutions": "", "model.dropout": 0.1,
     "model.num-groups": 4, "model.space-to-depth": 1, "optim.warmup-steps": 5, "optim.decay": "constant", "train.batch-size": 8,
     "train.num-steps": STEPS, "train.log-every-steps": 1, "train.checkpoint-every-steps": 10, "train.keep-last": 3,
     "train.keep-every-steps": "None", "train.preview-every-steps": 20, "train.preview-images": 4, "optim.ema-decays": 0.9,
     "sample.num-steps": 5, "train.steps-per-dispatch": 1,
 }  # fmt: skip
-TOPOLOGIES = {"1x1": (1, 1, 1), "1x4": (1, 4, 1), "2x2": (2, 2, 1), "2x2 fsdp 2": (2, 2, 2), "2x2 fsdp 4": (2, 2, 4)}
+TOPOLOGIES = {"1x1": (1, 1, 1), "1x4": (1, 4, 1), "2x2": (2, 2, 1), "2x2 fsdp 2": (2, 2, 2)}
+
+
+def quick(devices):
+    """Variables with which programs are compiled quickly; what is compiled is kept for the session, see conftest.py."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 LOST = "error: another process of {} was lost; the same command, in all of them, goes on from the newest checkpoint"
 
 
@@ -65,8 +73,7 @@ def train(words, tmp_path_factory):
         count, devices, fsdp = TOPOLOGIES[topology]
         line = words(workdir, {"train.fsdp": fsdp} | dict(changes))
         logs = tmp_path_factory.mktemp("logs")
-        env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # in the folder of the session, see conftest.py
-        running = start_together("train.py", line, logs, count=count, devices=devices, timeout=TIMEOUT, env=env)
+        running = start_together("train.py", line, logs, count=count, devices=devices, timeout=TIMEOUT, env=quick(devices))
         started.extend(running)
         return running
 
@@ -143,7 +150,7 @@ def test_one_process_writes_and_speaks(train, finished, tmp_path):
     assert not [line for each in (first, second) for line in each.output.splitlines() if line and "[Gloo]" not in line]
 
 
-@pytest.mark.parametrize(("begun", "goes_on"), [("2x2 fsdp 2", "1x1"), ("1x1", "2x2"), ("2x2", "2x2 fsdp 4")])
+@pytest.mark.parametrize(("begun", "goes_on"), [("2x2 fsdp 2", "1x1"), ("1x1", "2x2"), ("2x2", "2x2 fsdp 2")])
 def test_a_run_goes_on_in_another_topology(train, finished, tmp_path, begun, goes_on):
     workdir = tmp_path / "run"
     finish(train(workdir, begun, {"train.num-steps": 13}))
