@@ -1,7 +1,7 @@
 """The weights of feature networks: where they are found, and PyTorch's names and layouts as those of models/.
 
-Batch norm of a trained network is linear, gamma (x - mean) / sqrt(variance + eps) + beta, and becomes part of the convolution in
-front of it, in float64.
+Batch norm of a trained network is linear, gamma (x - mean) / sqrt(variance + eps) + beta, and becomes part of the convolution
+in front of it, in float64.
 """
 
 import hashlib
@@ -22,9 +22,7 @@ from ddpm_jax.interop.torch_files import read_torch_file
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, of Inception-v3 as of EfficientNet
 
-INCEPTION_ADDRESS = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-)
+INCEPTION_ADDRESS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """The network of Heusel et al. (2017), ported by pytorch-fid; torch-fidelity's file has the same bytes."""
 DOWNLOAD_SECONDS = 60  # without a byte, after which an address counts as out of reach
@@ -99,15 +97,19 @@ def inception_params(tensors: Tensors, path: Path | str) -> PyTree:
 
 def efficientnet_params(tensors: Tensors, path: Path | str) -> PyTree:
     """Parameters of models.efficientnet.EfficientNetLite0 from the tensors of the package's file; "path" is for messages."""
-    params = {"stem": _folded(tensors, "_conv_stem", "_bn0", path), "head": _folded(tensors, "_conv_head", "_bn1", path)}
-    layers = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
+    stem, head = _folded(tensors, "_conv_stem", "_bn0", path), _folded(tensors, "_conv_head", "_bn1", path)
+    params: PyTree = {"stem": stem, "head": _as_dense(head)}
+    layers = {
+        "expand": ("_expand_conv", "_bn0"),
+        "depthwise": ("_depthwise_conv", "_bn1"),
+        "project": ("_project_conv", "_bn2"),
+    }
     for block in sorted({match[1] for match in (re.match(r"_blocks\.(\d+)\.", name) for name in tensors) if match}):
         start = f"_blocks.{block}."
-        params[f"block{block}"] = {
-            layer: _folded(tensors, start + conv, start + norm, path)
-            for layer, (conv, norm) in layers.items()
-            if f"{start}{conv}.weight" in tensors
-        }
+        for layer, (conv, norm) in layers.items():
+            if f"{start}{conv}.weight" in tensors:
+                folded = _folded(tensors, start + conv, start + norm, path)
+                params.setdefault(f"block{block}", {})[layer] = folded if layer == "depthwise" else _as_dense(folded)
     return params
 
 
@@ -126,7 +128,7 @@ def dinov2_params(tensors: Tensors, path: Path | str, grid: int = 16) -> PyTree:
     }
     for block in {match[1] for match in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if match}:
         start = f"blocks.{block}."
-        layers: PyTree = {name: _take(tensors, f"{start}{name}.gamma", path) for name in ("ls1", "ls2")}
+        layers: PyTree = {name: _take(tensors, f"{start}{name}.gamma", path)[None, None] for name in ("ls1", "ls2")}
         layers |= {name: _norm(tensors, start + name, path) for name in ("norm1", "norm2")}
         for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
             weight, bias = (_take(tensors, f"{start}{name}.{part}", path) for part in ("weight", "bias"))
@@ -179,6 +181,11 @@ def _folded(tensors: Tensors, conv: str, norm: str, path: Path | str) -> dict[st
     gamma, beta, mean, variance = (_take(tensors, f"{norm}.{part}", path).astype(np.float64) for part in parts)
     scale = gamma / np.sqrt(variance + BATCH_NORM_EPS)
     return {"kernel": kernel * scale, "bias": beta - mean * scale}
+
+
+def _as_dense(conv: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A 1x1 convolution's kernel as a matrix."""
+    return conv | {"kernel": conv["kernel"][0, 0]}
 
 
 def _norm(tensors: Tensors, name: str, path: Path | str) -> dict[str, np.ndarray]:

@@ -40,7 +40,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B N F"]) -> Float[Array, "B N F"]:
         """The tokens."""
         width = x.shape[-1]
-        scales: list[Any] = [self.param(name, nn.initializers.ones, (width,)) for name in ("ls1", "ls2")]
+        scales: list[Any] = [self.param(name, nn.initializers.ones, (1, 1, width)) for name in ("ls1", "ls2")]
         h = nn.Dense(3 * width, name="qkv")(nn.LayerNorm(1e-6, name="norm1")(x))
         query, key, value = jnp.moveaxis(h.reshape(*h.shape[:2], 3, -1, HEAD_CHANNELS), 2, 0)
         weights = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", query * HEAD_CHANNELS**-0.5, key))

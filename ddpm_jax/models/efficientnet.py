@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddpm_jax.models.layers import dense
+
 
 class Stage(NamedTuple):
     """Blocks one after the other, of which the first may halve the resolution."""
@@ -45,7 +47,7 @@ class EfficientNetLite0(nn.Module):
             for repeat in range(stage.num_blocks):
                 h = Block(stage, stage.stride if repeat == 0 else 1, name=f"block{index}")(h)
                 index += 1
-        return nn.relu6(nn.Conv(1280, (1, 1), name="head")(h)).mean(axis=(1, 2))
+        return nn.relu6(dense(1280, jnp.float32, name="head")(h)).mean(axis=(1, 2))
 
 
 class Block(nn.Module):
@@ -59,9 +61,9 @@ class Block(nn.Module):
         """The features."""
         h, width = x, x.shape[-1] * self.stage.expansion
         if self.stage.expansion > 1:
-            h = nn.relu6(nn.Conv(width, (1, 1), name="expand")(h))
+            h = nn.relu6(dense(width, jnp.float32, name="expand")(h))
         h = nn.relu6(Depthwise(self.stage.size, self.stride, name="depthwise")(h))
-        h = nn.Conv(self.stage.features, (1, 1), name="project")(h)
+        h = dense(self.stage.features, jnp.float32, name="project")(h)
         return x + h if x.shape == h.shape else h
 
 
@@ -84,8 +86,8 @@ class Depthwise(nn.Module):
             for j in range(size):
                 end = (len(x), i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1, channels)
                 shifted = jax.lax.slice(padded, (0, i, j, 0), end, (1, stride, stride, 1))
-                total += shifted * kernel[i, j, 0]
-        return total + bias
+                total += shifted * kernel[i, j].reshape(1, 1, 1, channels)
+        return total + bias.reshape(1, 1, 1, channels)
 
 
 def same_padding(x: Float[Array, "B H W C"], size: int, stride: int) -> tuple[tuple[int, int], tuple[int, int]]:

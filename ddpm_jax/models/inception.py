@@ -1,4 +1,4 @@
-"""Inception-v3 as FID uses it: the network of 2015 that was ported from TensorFlow, with batch norm folded into its convolutions.
+"""Inception-v3 as FID uses it: the network of 2015, ported from TensorFlow, with batch norm folded into its convolutions.
 
 It differs from the Inception-v3 of other libraries: average pools leave out what is padded, the last block has a maximum pool,
 and there are 1008 classes. Modules are named as in the published weights, see evaluation/weights.py.
