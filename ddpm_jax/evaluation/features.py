@@ -131,7 +131,7 @@ def _outputs(path: Path, part: Part, want: Wanted) -> Outputs:
 def _read(path: Path, count: int) -> Outputs:
     """What a file holds; nothing where there is none, or a damaged one (its entries bear checksums)."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             kept = dict(arrays)
     except FileNotFoundError:
         return {}

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 def save_statistics(path: Path, network: NetworkName, found: Mapping[str, Moments]) -> None:
     """Write the moments of a network's outputs."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for output, each in found.items():
         mean, covariance = ARRAYS[output]
         arrays |= {mean: each.mean, covariance: each.covariance, "count": np.asarray(each.count)}
