@@ -27,6 +27,7 @@ from ddpm_jax.files import cache_folder
 from ddpm_jax.inference import Model
 
 MOST_IMAGES = 50_000  # drawn where no number is given and there are more real ones; what FID is usually reported of
+FEW_IMAGES = 10_000  # fewer make a Frechet distance so much too large that it is worth a word
 ROUNDING = "round((x + 1) 127.5) to uint8"
 
 logger = logging.getLogger("ddpm_jax")
@@ -113,9 +114,12 @@ def evaluate_samples(
     if jax.process_count() > 1:
         raise InputError(f"{metrics[0]} is measured by one process: start evaluate.py without --processes")
     _check(metrics, options, data)
-    wanted = _wanted(metrics, options)
+    wanted = wanted_outputs(metrics, options)
     reference = _reference(metrics, wanted, drawn, options, data)
     count, outputs, about = _drawn(wanted, drawn, options, reference, num_images)
+    fewest = min(count, reference.about.get("num_images") or count)
+    if fewest < FEW_IMAGES and any(METRICS[name].needs == "moments" for name in metrics):
+        logger.warning("a Frechet distance of %d images is too large: compare it only with those of as many images", fewest)
     found: dict[str, dict[str, Any]] = {}
     for name in metrics:
         network = next(want.network for want in wanted if want.network.name == METRICS[name].network)
@@ -145,7 +149,7 @@ def _check(metrics: Sequence[str], options: SampleOptions, data: DataConfig | No
         raise InputError("--save-stats writes those of one network: measure the metrics of each by themselves")
 
 
-def _wanted(metrics: Sequence[str], options: SampleOptions) -> list[Wanted]:
+def wanted_outputs(metrics: Sequence[str], options: SampleOptions) -> list[Wanted]:
     """The networks of the metrics with the outputs that these need."""
     files: dict[NetworkName, Path | None] = {"inception_v3": options.inception, "dinov2_vitl14": options.dinov2}
     needed: dict[NetworkName, set[str]] = {}
