@@ -65,7 +65,7 @@ def compressed(image, strength):
 
 
 @pytest.mark.parametrize(
-    ("distort", "strengths"), [(noisy, (10, 30, 90)), (blurred, (0.5, 1.0, 2.0)), (compressed, (70, 90, 97))]
+    ("distort", "strengths"), [(noisy, (30, 60, 120)), (blurred, (0.5, 1.0, 2.0)), (compressed, (90, 95, 99))]
 )
 def test_distances_rise(network, halves, distort, strengths):
     first, _, floor, real = halves

@@ -146,7 +146,7 @@ def test_dinov2s_transformer_is_timms():
     params = jax.tree.map(jnp.asarray, dinov2_params(tensors, "timm", grid=4))
     with torch.no_grad():
         expected = peer(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
-    found = DINOv2(128, 3).apply({"params": params}, images)
+    found = DINOv2(128, 3).apply({"params": params}, jnp.asarray(images))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
