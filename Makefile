@@ -3,6 +3,7 @@
 #   make demo         train on the packaged images and draw a grid of samples: runs/demo/samples.png
 #   make test         the tests that take minutes
 #   make test-heavy   those that take longer: killed and resumed runs
+#   make test-scale   runs of several processes and of many devices, killed and resumed campaigns
 #   make test-data    folders of real images, from packages of npm and Debian; skipped where these can't be reached
 #   make lint         style and types
 #
@@ -13,7 +14,7 @@ VENV ?= .venv
 PIP_FLAGS ?= -c constraints.txt
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-heavy test-data lint clean
+.PHONY: demo test test-heavy test-scale test-data lint clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --workdir runs/demo
@@ -21,10 +22,13 @@ demo: $(VENV)/installed
 	$(RUN) sample.py --ckpt runs/demo --out runs/demo/denoising.gif --num-images 16
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not heavy and not packages"
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not heavy and not scale and not packages"
 
 test-heavy: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "heavy and not packages"
+	$(RUN) -m pytest -m "heavy and not scale and not packages"
+
+test-scale: $(VENV)/installed-dev
+	$(RUN) -m pytest -m scale
 
 test-data: $(VENV)/installed-dev
 	$(RUN) -m pytest -m packages

@@ -17,9 +17,10 @@ fd_efficientnet_lite0, kid_efficientnet_lite0, pr_efficientnet_lite0
                            in those of a small network whose weights are a Python package: works offline, and is nobody's FID
 
 The result is printed as JSON; the file --out also has the bound's terms for every timestep, "L_t". What is scored is kept in
-bits_per_dim.jsonl in the run folder: the same command goes on where it was stopped, and parts that were scored with
---first-image and --num-images are not scored again as parts of the whole. Features of drawn images are kept likewise, in the
-folder "evaluation". More in docs/evaluation.md.
+bits_per_dim.jsonl in the run folder, and in bits_per_dim.1.jsonl and so on by further processes: the same command goes on where
+it was stopped, by any number of processes, and parts that were scored with --first-image and --num-images are not scored
+again as parts of the whole. Features of drawn images are kept likewise, in the folder "evaluation". More in
+docs/evaluation.md.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ from ddpm_jax.evaluation.samples import Drawing, SampleOptions, evaluate_samples
 from ddpm_jax.evaluation.scores import METRICS as OF_SAMPLES
 from ddpm_jax.files import whole_file
 from ddpm_jax.inference import load
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
+from ddpm_jax.processes import is_first
 
 METRICS = ("bpd", "bpd_ode", *OF_SAMPLES)
 
@@ -65,14 +68,15 @@ class Arguments(SampleOptions):
     ode_probes: int = 1
     """Probes of bpd_ode's divergence: more of them make its estimate less noisy."""
     batch_size: int | None = None
-    """Images scored or drawn at once."""
+    """Images that each device scores or draws at once."""
     out: Path | None = None
     """JSON file to write; None: evaluation.json in the run folder."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, print and write."""
-    known = {field.name for field in dataclasses.fields(Arguments)}
+    known = {field.name for field in dataclasses.fields(Arguments)} - {"processes"} | PROCESS_OPTIONS
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
     metrics = [name.strip() for name in args.metrics.split(",")]
     for name in metrics:
@@ -83,9 +87,15 @@ def main(argv: Sequence[str]) -> None:
     if args.out is not None and args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder: give the name of a file in it")
     result = measure_images(args, metrics) if args.ckpt is None else measure_run(args, args.ckpt, metrics)
-    out = run_folder(args.ckpt) / "evaluation.json" if args.out is None and args.ckpt is not None else args.out
-    if out is not None:
-        with whole_file(out) as file:
+    if is_first():
+        out = run_folder(args.ckpt) / "evaluation.json" if args.out is None and args.ckpt is not None else args.out
+        _report(result, out)
+
+
+def _report(result: dict[str, Any], path: Path | None) -> None:
+    """Write the result, if there is a place for it, and print it without what is long."""
+    if path is not None:
+        with whole_file(path) as file:
             file.write((json.dumps(result, indent=2) + "\n").encode())
     short = {k: {n: x for n, x in v.items() if n != "L_t"} if isinstance(v, dict) else v for k, v in result.items()}
     print(json.dumps(short, indent=2))

@@ -10,7 +10,7 @@ import pytest
 from helpers import load_script, one_line_error
 
 from ddpm_jax import load
-from ddpm_jax.checkpoint import open_checkpoints, save, write_config
+from ddpm_jax.checkpoint import write_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, SampleConfig
 from ddpm_jax.evaluation import features, samples
 from ddpm_jax.evaluation.distance import frechet_distance
@@ -18,6 +18,7 @@ from ddpm_jax.evaluation.kernel_distance import kernel_distance
 from ddpm_jax.evaluation.networks import FeatureNetwork
 from ddpm_jax.models import make_unet
 from ddpm_jax.parallel import make_mesh, run_once
+from ddpm_jax.saving import Checkpoints
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import init_state
 
@@ -61,8 +62,8 @@ def run(images, tmp_path):
     unet, optimizer = make_unet(config.model, 1), make_optimizer(config.optim, 10)
     state = run_once(make_mesh(jax.devices()[:1]), lambda: init_state(config, unet, optimizer))
     write_config(tmp_path / "run", config)
-    with open_checkpoints(tmp_path / "run", config) as checkpoints:
-        save(checkpoints, state, 3, config)
+    with Checkpoints(tmp_path / "run", config) as checkpoints:
+        checkpoints.save(state, 3)
         checkpoints.wait()
     return tmp_path / "run"
 

@@ -22,9 +22,9 @@ from ddpm_jax.config import Config, to_json
 from ddpm_jax.data import ImageSet
 from ddpm_jax.evaluation.networks import FeatureNetwork, NetworkName, Outputs
 from ddpm_jax.files import whole_file
-from ddpm_jax.inference import Model, image_keys, make_draw
+from ddpm_jax.inference import Model, draw_ranges
 from ddpm_jax.metrics import sample_progress
-from ddpm_jax.parallel import batch_sharding, put, replicated, round_up
+from ddpm_jax.ranges import gaps, rows_of_range
 
 PART_IMAGES = 1000
 FORMAT = 1  # part of every file's name: to be raised by whoever changes what the numbers are
@@ -106,15 +106,9 @@ def rounded(images: Shaped[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W C
 
 def _draw(model: Model, config: Config, seed: int, start: int, stop: int) -> UInt8[np.ndarray, "N H W C"]:
     """Images start ... stop - 1 of a seed; class i mod num_classes as image i where there are classes."""
-    mesh, num_classes = model.mesh, config.model.num_classes
-    size, split, draw = round_up(config.sample.batch_size, mesh), batch_sharding(mesh), make_draw(config, mesh)
-    pieces = []
-    for first in range(start, stop, size):
-        indices = np.arange(first, first + size, dtype=np.uint32)  # more than are needed, so that one program draws all
-        labels = None if num_classes is None else put((indices % num_classes).astype(np.int32), split)
-        keys = image_keys(put(np.uint32(seed), replicated(mesh)), put(indices, split))
-        pieces.append(jax.device_get(draw(model.params, keys, labels)))
-    return np.concatenate(pieces)[: stop - start]
+    rows = rows_of_range(config.sample.batch_size, PART_IMAGES, model.mesh.size)  # the same for all parts: one program
+    drawn = draw_ranges(config, model.mesh, model.params, seed, gaps({}, start, stop, rows), rows)
+    return np.concatenate([images for batch in drawn for images in batch.values()])
 
 
 def _outputs(path: Path, part: Part, want: Wanted) -> Outputs:

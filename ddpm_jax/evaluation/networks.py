@@ -25,7 +25,7 @@ from ddpm_jax.evaluation.resizing import resize_bicubic, resize_bilinear_tf1
 from ddpm_jax.models.dinov2 import DINOv2
 from ddpm_jax.models.efficientnet import EfficientNetLite0
 from ddpm_jax.models.inception import InceptionV3
-from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, round_up
+from ddpm_jax.parallel import batch_sharding, compile_for, local_mesh, put, replicated, round_up
 
 NetworkName = Literal["inception_v3", "dinov2_vitl14", "efficientnet_lite0"]
 Outputs = dict[str, Float[np.ndarray, "N F"]]
@@ -80,7 +80,7 @@ class FeatureNetwork:
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
-        return make_mesh()
+        return local_mesh()
 
     @functools.cached_property
     def _placed(self) -> PyTree:
