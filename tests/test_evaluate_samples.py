@@ -169,6 +169,8 @@ def test_too_few_images_is_one_line(images, tmp_path):
         (["--metrics", "fid", "--stats", "nowhere.npz"], ["nowhere.npz"]),
         (["--metrics", "fid", "--data", "nowhere.npz"], ["nowhere.npz"]),
         (["--metrics", "is", "--save-stats", "s.npz"], ["--save-stats", "--data"]),
+        (["--metrics", "is,kid", "--save-stats", "s.npz", "--data", "IMAGES"], ["--save-stats", "fid"]),
+        (["--metrics", "fid", "--save-stats", "s.npz", "--stats", "IMAGES"], ["--save-stats", "--data"]),
     ],
 )
 def test_what_can_not_be_measured_is_one_line(images, options, fragments):

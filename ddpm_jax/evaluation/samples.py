@@ -17,7 +17,6 @@ from ddpm_jax.data import ImageSet, load_images
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
 from ddpm_jax.errors import InputError
-from ddpm_jax.evaluation.distance import moments
 from ddpm_jax.evaluation.features import Wanted, collect, drawing_key, drawn_parts, set_parts
 from ddpm_jax.evaluation.networks import NetworkName, Outputs, load_network
 from ddpm_jax.evaluation.scores import METRICS, Reference, reference_moments, score
@@ -137,25 +136,33 @@ def _check(metrics: Sequence[str], options: SampleOptions, data: DataConfig | No
     if options.stats is None:
         if data is None and any(METRICS[name].needs != "nothing" for name in metrics):
             raise InputError("real images are missing: give them with --data, or their statistics with --stats")
-        if options.save_stats is not None and data is None:
-            raise InputError("--save-stats needs real images: give them with --data")
     else:
         for name in metrics:
             if METRICS[name].needs == "features":
                 raise InputError(f"{name} compares images one by one, which --stats doesn't hold: give --data")
         if len({METRICS[name].network for name in metrics}) > 1:
             raise InputError("--stats are those of one network: measure the metrics of each by themselves")
-    if options.save_stats is not None and len({METRICS[name].network for name in metrics}) > 1:
-        raise InputError("--save-stats writes those of one network: measure the metrics of each by themselves")
+    if options.save_stats is not None:
+        if options.stats is not None or data is None:
+            raise InputError("--save-stats needs real images: give them with --data")
+        if not any(METRICS[name].needs == "moments" for name in metrics):
+            raise InputError("--save-stats writes what a Frechet distance compares: measure one as well, such as fid")
+        if len({METRICS[name].network for name in metrics}) > 1:
+            raise InputError("--save-stats writes those of one network: measure the metrics of each by themselves")
+
+
+def needed_outputs(metrics: Sequence[str]) -> dict[NetworkName, frozenset[str]]:
+    """The outputs that metrics are made from, by network."""
+    needed: dict[NetworkName, frozenset[str]] = {}
+    for metric in (METRICS[name] for name in metrics):
+        needed[metric.network] = needed.get(metric.network, frozenset()) | {metric.output}
+    return needed
 
 
 def wanted_outputs(metrics: Sequence[str], options: SampleOptions) -> list[Wanted]:
-    """The networks of the metrics with the outputs that these need."""
+    """The networks of the metrics, loaded, with the outputs that these need."""
     files: dict[NetworkName, Path | None] = {"inception_v3": options.inception, "dinov2_vitl14": options.dinov2}
-    needed: dict[NetworkName, set[str]] = {}
-    for name in metrics:
-        needed.setdefault(METRICS[name].network, set()).add(METRICS[name].output)
-    wanted = [Wanted(load_network(name, files.get(name)), frozenset(outputs)) for name, outputs in needed.items()]
+    wanted = [Wanted(load_network(name, files.get(name)), outputs) for name, outputs in needed_outputs(metrics).items()]
     for want in wanted:
         if want.network.name == "inception_v3" and want.network.sha256 != INCEPTION_SHA256:
             logger.warning("%s is not the published file of FID's network: the scores can't be compared", options.inception)
@@ -170,20 +177,22 @@ def _reference(
         found = read_statistics(options.stats, network)
         count = next(iter(found.values())).count
         return Reference({"statistics": str(options.stats), "num_images": count}, {}, {network: found})
-    if data is None:
+    needed = [name for name in metrics if METRICS[name].needs != "nothing"]
+    if data is None or not needed:
         return Reference({}, {}, {})
+    networks = {want.network.name: want.network for want in wanted}
+    of_real = [Wanted(networks[name], outputs) for name, outputs in needed_outputs(needed).items()]
     shape = drawn.config.data.image_shape if isinstance(drawn, Drawing) else drawn.image_shape
     real = load_images(dataclasses.replace(data, image_shape=shape, framing="center"))
     count = len(real.images)
     logger.info("features of the %d images of %s", count, data.source)
-    outputs = collect(set_parts(real, count), count, wanted, cache_folder("features"))
+    outputs = collect(set_parts(real, count), count, of_real, cache_folder("features"))
     about = {"data": data.source, "split": data.split, "num_images": count, "image_shape": list(real.image_shape)}
     reference = Reference(about, outputs, {})
     if options.save_stats is not None:
-        network = wanted[0].network.name
         measured = {METRICS[name].output: METRICS[name] for name in metrics if METRICS[name].needs == "moments"}
         found = {output: reference_moments(metric, reference) for output, metric in measured.items()}
-        save_statistics(options.save_stats, network, found or {"pool": moments(outputs[network]["pool"])})
+        save_statistics(options.save_stats, wanted[0].network.name, found)
     return reference
 
 
