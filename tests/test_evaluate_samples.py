@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import jax
 import jaxtyping
@@ -51,8 +52,10 @@ def images(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def run(images, tmp_path):
+@pytest.fixture(scope="module")
+def untouched(images, tmp_path_factory):
+    """A run folder whose network was never trained."""
+    workdir = tmp_path_factory.mktemp("evaluate") / "run"
     config = Config(
         data=DataConfig(source=str(images), image_shape=(8, 8, 1)),
         diffusion=DiffusionConfig(schedule="cosine", num_steps=20),
@@ -61,11 +64,17 @@ def run(images, tmp_path):
     )
     unet, optimizer = make_unet(config.model, 1), make_optimizer(config.optim, 10)
     state = run_once(make_mesh(jax.devices()[:1]), lambda: init_state(config, unet, optimizer))
-    write_config(tmp_path / "run", config)
-    with Checkpoints(tmp_path / "run", config) as checkpoints:
+    write_config(workdir, config)
+    with Checkpoints(workdir, config) as checkpoints:
         checkpoints.save(state, 3)
         checkpoints.wait()
-    return tmp_path / "run"
+    return workdir
+
+
+@pytest.fixture
+def run(untouched, tmp_path):
+    """A copy of it that nothing was measured of."""
+    return shutil.copytree(untouched, tmp_path / "run")
 
 
 def measure(capsys, *options):
