@@ -19,7 +19,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -120,7 +120,7 @@ def read_torch_file(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
         raise InputError(f"{path} can't be read as weights of PyTorch: {first_line(error)}") from error
 
 
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: io.BufferedReader) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
@@ -144,7 +144,7 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         return _arrays(tree, load)
 
 
-def _read_old(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_old(file: io.BufferedReader) -> dict[str, np.ndarray]:
     if file.seek(0, io.SEEK_END) == 0:
         raise ValueError("the file is empty")
     file.seek(0)
@@ -173,7 +173,7 @@ def _read_old(file: BinaryIO) -> dict[str, np.ndarray]:
     return _arrays(tree, load)
 
 
-def _unpickle(file: BinaryIO) -> Any:
+def _unpickle(file: io.BufferedReader | io.BytesIO) -> Any:
     """The next pickle of a file, made of INSTRUCTIONS and NAMES alone. Raises ValueError where it holds others."""
     start = file.tell()
     for instruction, argument, _ in pickletools.genops(file):
