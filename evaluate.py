@@ -2,14 +2,25 @@
 
     python evaluate.py --ckpt runs/demo --metrics bpd --num-images 1000
     python evaluate.py --ckpt runs/cifar10 --metrics bpd,bpd_ode --data test.npz
+    python evaluate.py --ckpt runs/demo --metrics fd_efficientnet_lite0,kid_efficientnet_lite0
+    python evaluate.py --ckpt runs/cifar10 --metrics fid,kid,is,pr,sfid --num-images 50000
+    python evaluate.py --images samples.npz --metrics fid --stats cifar10.npz
 
 bpd       bits/dim by the variational bound: as many network evaluations for each image as the process has steps
 bpd_ode   bits/dim by the probability-flow ODE, about six times the cost for each of its steps
 
+and, of drawn images beside real ones,
+
+fid, kid, is, pr, sfid     in the features of FID's Inception network, whose weights are fetched once
+fd_dinov2                  the Frechet distance in those of DINOv2, whose weights are given by --dinov2
+fd_efficientnet_lite0, kid_efficientnet_lite0, pr_efficientnet_lite0
+                           in those of a small network whose weights are a Python package: works offline, and is nobody's FID
+
 The result is printed as JSON; the file --out also has the bound's terms for every timestep, "L_t". What is scored is kept in
 bits_per_dim.jsonl in the run folder, and in bits_per_dim.1.jsonl and so on by further processes: the same command goes on where
 it was stopped, by any number of processes, and parts that were scored with --first-image and --num-images are not scored
-again as parts of the whole.
+again as parts of the whole. Features of drawn images are kept likewise, in the folder "evaluation". More in
+docs/evaluation.md.
 """
 
 import dataclasses
@@ -20,31 +31,34 @@ from typing import Any, Literal
 
 from ddpm_jax import cli
 from ddpm_jax.checkpoint import run_folder
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import load_images
 from ddpm_jax.errors import InputError
 from ddpm_jax.evaluation.bits_per_dim import Scoring, evaluate_bits_per_dim
+from ddpm_jax.evaluation.samples import Drawing, SampleOptions, evaluate_samples
+from ddpm_jax.evaluation.scores import METRICS as OF_SAMPLES
 from ddpm_jax.files import whole_file
 from ddpm_jax.inference import load
 from ddpm_jax.joining import PROCESS_OPTIONS, Processes
 from ddpm_jax.processes import is_first
 
-METRICS = ("bpd", "bpd_ode")
+METRICS = ("bpd", "bpd_ode", *OF_SAMPLES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(SampleOptions):
     """Options of evaluate.py; those left at None are the run's own."""
 
     ckpt: Path | None = None
     """Run folder, or one of its checkpoints/STEP folders. Required."""
     metrics: str = "bpd"
-    """What to measure, separated by commas: bpd, bpd_ode."""
+    """What to measure, separated by commas; see above."""
     data: str | None = None
-    """Packaged set, .npy or .npz file; None: the images that the model was trained with."""
+    """Real images, as --data.source of train.py; None: those that the model was trained with."""
     first_image: int = 0
     """First image to score."""
     num_images: int | None = None
-    """Images to score; None: all from the first one on."""
+    """Images to score, or to draw; None: all from the first one on, or as many as there are real ones, up to 50,000."""
     seed: int = 0
     """Seed of the noise; an image's number is the same whatever others are scored."""
     weights: Literal["ema", "raw"] = "ema"
@@ -54,7 +68,7 @@ class Arguments:
     ode_probes: int = 1
     """Probes of bpd_ode's divergence: more of them make its estimate less noisy."""
     batch_size: int | None = None
-    """Images that each device scores at once."""
+    """Images that each device scores or draws at once."""
     out: Path | None = None
     """JSON file to write; None: evaluation.json in the run folder."""
     processes: Processes = dataclasses.field(default_factory=Processes)
@@ -64,8 +78,6 @@ def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, print and write."""
     known = {field.name for field in dataclasses.fields(Arguments)} - {"processes"} | PROCESS_OPTIONS
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
-    if args.ckpt is None:
-        raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
     metrics = [name.strip() for name in args.metrics.split(",")]
     for name in metrics:
         if name not in METRICS:
@@ -74,30 +86,57 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"num_images = {args.num_images}: must be 1 or more")
     if args.out is not None and args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder: give the name of a file in it")
-    model = load(args.ckpt, args.weights)
-    folder = run_folder(args.ckpt)
-    source = model.config.data.source if args.data is None else args.data
-    image_set = load_images(dataclasses.replace(model.config.data, source=source))
-    count = len(image_set.images) - args.first_image if args.num_images is None else args.num_images
-    result: dict[str, Any] = {
-        "ckpt": str(args.ckpt), "step": model.step, "weights": model.weights, "data": source, "first_image": args.first_image,
-        "num_images": count, "seed": args.seed,
-    }  # fmt: skip
-    for name in metrics:
-        scoring = Scoring(name, args.seed, args.ode_steps, args.ode_probes)  # type: ignore[arg-type]
-        result[name] = evaluate_bits_per_dim(
-            model, image_set, folder / "bits_per_dim.jsonl", scoring, args.first_image, count, args.batch_size
-        )
+    result = measure_images(args, metrics) if args.ckpt is None else measure_run(args, args.ckpt, metrics)
     if is_first():
-        _report(result, args.out or folder / "evaluation.json")
+        out = run_folder(args.ckpt) / "evaluation.json" if args.out is None and args.ckpt is not None else args.out
+        _report(result, out)
 
 
-def _report(result: dict[str, Any], path: Path) -> None:
-    """Write the result, and print it without what is long."""
-    with whole_file(path) as file:
-        file.write((json.dumps(result, indent=2) + "\n").encode())
+def _report(result: dict[str, Any], path: Path | None) -> None:
+    """Write the result, if there is a place for it, and print it without what is long."""
+    if path is not None:
+        with whole_file(path) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
     short = {k: {n: x for n, x in v.items() if n != "L_t"} if isinstance(v, dict) else v for k, v in result.items()}
     print(json.dumps(short, indent=2))
+
+
+def measure_images(args: Arguments, metrics: list[str]) -> dict[str, Any]:
+    """The metrics of --images."""
+    if args.images is None:
+        raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist, or images with --images")
+    for name in metrics:
+        if name not in OF_SAMPLES:
+            raise InputError(f"{name} is measured of a model: give a run folder with --ckpt, in place of --images")
+    drawn = load_images(DataConfig(source=str(args.images)))
+    data = None if args.data is None else DataConfig(source=args.data)
+    return {"images": str(args.images)} | evaluate_samples(metrics, drawn, args, data, args.num_images)
+
+
+def measure_run(args: Arguments, ckpt: Path, metrics: list[str]) -> dict[str, Any]:
+    """The metrics of a run, and what they were measured with."""
+    if args.images is not None:
+        raise InputError("both --ckpt and --images are given: measure one of them")
+    model, folder = load(ckpt, args.weights), run_folder(ckpt)
+    source = model.config.data.source if args.data is None else args.data
+    data = dataclasses.replace(model.config.data, source=source)
+    result: dict[str, Any] = {"ckpt": str(ckpt), "step": model.step, "weights": model.weights, "data": source}
+    of_samples = [name for name in metrics if name in OF_SAMPLES]
+    if len(of_samples) < len(metrics):
+        image_set = load_images(data)
+        count = len(image_set.images) - args.first_image if args.num_images is None else args.num_images
+        result |= {"first_image": args.first_image, "num_images": count}
+    result["seed"] = args.seed
+    if of_samples:
+        drawing = Drawing.of(model, folder, args, args.seed, args.batch_size)
+        result |= evaluate_samples(of_samples, drawing, args, data, args.num_images)
+    for name in metrics:
+        if name not in OF_SAMPLES:
+            scoring = Scoring(name, args.seed, args.ode_steps, args.ode_probes)  # type: ignore[arg-type]
+            result[name] = evaluate_bits_per_dim(
+                model, image_set, folder / "bits_per_dim.jsonl", scoring, args.first_image, count, args.batch_size
+            )
+    return result
 
 
 if __name__ == "__main__":

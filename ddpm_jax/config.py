@@ -177,6 +177,14 @@ class TrainConfig:
     """Steps between two grids of samples from the same noise; None: none are made."""
     preview_images: int = 64
     """Images of such a grid."""
+    evaluate_every_steps: int | None = None
+    """Steps between two scores of drawn images, in scores.jsonl and TensorBoard; None: none are made."""
+    evaluate_metrics: str = "fd_efficientnet_lite0"
+    """Which scores, separated by commas: evaluate.py's metrics of drawn images."""
+    evaluate_images: int = 1000
+    """Images drawn for a score."""
+    evaluate_reference_images: int = 10_000
+    """Real images that they are compared with, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +240,10 @@ HARMLESS = (
     "train.snapshot_every_steps",
     "train.preview_every_steps",
     "train.preview_images",
+    "train.evaluate_every_steps",
+    "train.evaluate_metrics",
+    "train.evaluate_images",
+    "train.evaluate_reference_images",
     "data.max_unusable",
     "data.device_megabytes",
     "data.num_workers",

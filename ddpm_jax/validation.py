@@ -44,6 +44,8 @@ def validate(config: "Config") -> None:
         "train.checkpoint_every_steps": t.checkpoint_every_steps,
         "train.keep_last": t.keep_last,
         "train.preview_images": t.preview_images,
+        "train.evaluate_images": t.evaluate_images,
+        "train.evaluate_reference_images": t.evaluate_reference_images,
         "sample.batch_size": s.batch_size,
         "data.num_workers": config.data.num_workers,
     }
@@ -52,6 +54,7 @@ def validate(config: "Config") -> None:
         "optim.clip_norm": o.clip_norm,
         "train.keep_every_steps": t.keep_every_steps,
         "train.preview_every_steps": t.preview_every_steps,
+        "train.evaluate_every_steps": t.evaluate_every_steps,
         "train.snapshot_every_steps": t.snapshot_every_steps,
     }
     positive |= {name: value for name, value in optional.items() if value is not None}

@@ -19,6 +19,7 @@ from ddpm_jax.data import ImageSet, batches, load_images
 from ddpm_jax.data.pipeline import check_sampling
 from ddpm_jax.endings import last_words
 from ddpm_jax.errors import InputError, NonFiniteLossError
+from ddpm_jax.evaluation.training_scores import TrainingScores
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images, make_network
 from ddpm_jax.lock import locked
@@ -100,6 +101,7 @@ def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> Tr
     out_shardings = (shardings, replicated(mesh))
     train_steps = compile_at_first_call(compile_for(mesh, train_steps, donate_argnums=0, out_shardings=out_shardings))
     spans = functools.partial(dispatches, config.train, start)
+    scores = None if config.train.evaluate_every_steps is None else TrainingScores(config, workdir, image_set, mesh)
     with (
         stop_signals() as stop,
         Checkpoints(workdir, config) as checkpoints,
@@ -127,8 +129,11 @@ def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> Tr
                 save_snapshot(workdir, state, step, config)
             if checkpoint_due:
                 checkpoints.save(state, step)
-            if recorder.preview_due(step) and not stopping:
+            if recorder.due(config.train.preview_every_steps, step) and not stopping:
                 recorder.preview(step, state)
+            if scores is not None and recorder.due(config.train.evaluate_every_steps, step) and not stopping:
+                with recorder.excluded():
+                    scores.measure(step, state.ema)
             if last:
                 break
         checkpoints.wait()
@@ -143,8 +148,8 @@ def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> Tr
 
 def dispatches(config: TrainConfig, start: int) -> Iterator[range]:
     """The steps from start to train.num_steps in the parts that are dispatched together: nothing is due within a part."""
-    optional = (every or config.num_steps for every in (config.preview_every_steps, config.snapshot_every_steps))
-    due = (config.log_every_steps, config.checkpoint_every_steps, *optional)
+    optional = (config.preview_every_steps, config.snapshot_every_steps, config.evaluate_every_steps)
+    due = (config.log_every_steps, config.checkpoint_every_steps, *(every or config.num_steps for every in optional))
     while start < config.num_steps:
         stop = min(start + config.steps_per_dispatch, config.num_steps, *((start // every + 1) * every for every in due))
         yield range(start, stop)
@@ -223,20 +228,25 @@ class _Recorder:
         yield
         self._meter.waited(time.perf_counter() - began)
 
-    def preview_due(self, step: int) -> bool:
-        """Whether this step is one that previews are made at; the last one is."""
-        every, total = self._config.train.preview_every_steps, self._config.train.num_steps
-        return every is not None and (step % every == 0 or step == total)
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time that goes into something else than steps."""
+        began = time.perf_counter()
+        yield
+        self._meter.exclude(time.perf_counter() - began)
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether what is made every so many steps, or never, is made at this one; at the last one it is."""
+        return every is not None and (step % every == 0 or step == self._config.train.num_steps)
 
     def preview(self, step: int, state: TrainState) -> None:
         """Write samples/STEP.png: images of the averaged weights from the same noise every time."""
-        began = time.perf_counter()
-        mesh, ema = weights_here(self._mesh, state.ema)
-        if self._writer is None:
-            return
-        images = draw_images(self._config, mesh, ema, self._config.seed, self._config.train.preview_images)
-        save_grid(self._workdir / "samples" / f"{step:08d}.png", images)
-        self._meter.exclude(time.perf_counter() - began)
+        with self.excluded():
+            mesh, ema = weights_here(self._mesh, state.ema)
+            if self._writer is None:
+                return
+            images = draw_images(self._config, mesh, ema, self._config.seed, self._config.train.preview_images)
+            save_grid(self._workdir / "samples" / f"{step:08d}.png", images)
 
     def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
         self._checkpoints.wait()
