@@ -23,6 +23,7 @@ from ddpm_jax.diffusion.process import Clip, NetworkFn, make_denoiser
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
+from ddpm_jax.interop.foreign import read_foreign
 from ddpm_jax.models import UNet, bind, init_params, make_unet
 from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, round_up
 from ddpm_jax.validation import config_schedule
@@ -136,7 +137,7 @@ class Model:
     step: int
     """Training steps behind the weights."""
     weights: str
-    """Which weights they are: "ema", "raw", "decay:0.999", "ema:0.08"."""
+    """Which weights they are: "ema", "raw", "decay:0.999", "ema:0.08"; "imported" where another program didn't say."""
     mesh: Mesh
     """The devices it runs on."""
 
@@ -237,10 +238,11 @@ class Model:
 
 
 def load(path: str | Path, weights: str = "ema") -> Model:
-    """A trained model from a run folder (its newest checkpoint) or from a checkpoint's own folder.
+    """A trained model from a run folder (its newest checkpoint), a checkpoint's own folder, or another program's files.
 
     Args:
-        path: runs/NAME or runs/NAME/checkpoints/STEP.
+        path: runs/NAME or runs/NAME/checkpoints/STEP; a folder of diffusers with a pipeline or a UNet2DModel, whose step is
+            given as 0; a .pt file of improved-diffusion, see `ddpm_jax.interop.improved_diffusion`.
         weights: "ema", the moving average; "raw", the weights as the last step left them; "decay:0.999", one of
             optim.ema_decays; "ema:0.08", the power function average of any length, followed in training (one of
             optim.ema_lengths) or put together from the snapshots of those that were.
@@ -249,7 +251,11 @@ def load(path: str | Path, weights: str = "ema") -> Model:
         InputError: no checkpoint there, a damaged one, or weights that it doesn't have.
     """
     mesh = make_mesh()
-    loaded = load_weights(path, weights, lambda config: abstract_params(config, mesh))
+    foreign = read_foreign(path, weights, lambda config: abstract_params(config, mesh))
+    if foreign is None:
+        loaded = load_weights(path, weights, lambda config: abstract_params(config, mesh))
+    else:
+        loaded, weights = foreign
     return Model(loaded.config, loaded.params, config_schedule(loaded.config), loaded.step, weights, mesh)
 
 
