@@ -43,11 +43,15 @@ def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 
 @functools.lru_cache(maxsize=8)
 def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
-    """The compiled function (params, keys [B], labels [B]) -> images [B, H, W, C], by config.sample's settings.
+    """draw_function, compiled for a mesh over whose devices the batch is split."""
+    return compile_for(mesh, draw_function(config, num_frames))
+
+
+def draw_function(config: Config, num_frames: int = 0) -> DrawFn:
+    """The function (params, keys [B], labels [B]) -> images [B, H, W, C], by config.sample's settings.
 
     Args:
         config: with data.image_shape.
-        mesh: the batch is split over its devices.
         num_frames: 0, or the number of frames [F, B, H, W, C] to return of the way from noise to images.
     """
     shape = _image_shape(config)
@@ -62,7 +66,7 @@ def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
         )  # fmt: skip
         return to_uint8(images)
 
-    return compile_for(mesh, draw)
+    return draw
 
 
 def guided_network(
