@@ -7,8 +7,9 @@ bpd       bits/dim by the variational bound: as many network evaluations for eac
 bpd_ode   bits/dim by the probability-flow ODE, about six times the cost for each of its steps
 
 The result is printed as JSON; the file --out also has the bound's terms for every timestep, "L_t". What is scored is kept in
-bits_per_dim.jsonl in the run folder: the same command goes on where it was stopped, and parts that were scored with
---first-image and --num-images are not scored again as parts of the whole.
+bits_per_dim.jsonl in the run folder, and in bits_per_dim.1.jsonl and so on by further processes: the same command goes on where
+it was stopped, by any number of processes, and parts that were scored with --first-image and --num-images are not scored
+again as parts of the whole.
 """
 
 import dataclasses
@@ -24,6 +25,8 @@ from ddpm_jax.errors import InputError
 from ddpm_jax.evaluation.bits_per_dim import Scoring, evaluate_bits_per_dim
 from ddpm_jax.files import whole_file
 from ddpm_jax.inference import load
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
+from ddpm_jax.processes import is_first
 
 METRICS = ("bpd", "bpd_ode")
 
@@ -51,14 +54,15 @@ class Arguments:
     ode_probes: int = 1
     """Probes of bpd_ode's divergence: more of them make its estimate less noisy."""
     batch_size: int | None = None
-    """Images scored at once."""
+    """Images that each device scores at once."""
     out: Path | None = None
     """JSON file to write; None: evaluation.json in the run folder."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, print and write."""
-    known = {field.name for field in dataclasses.fields(Arguments)}
+    known = {field.name for field in dataclasses.fields(Arguments)} - {"processes"} | PROCESS_OPTIONS
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
     if args.ckpt is None:
         raise InputError("--ckpt is missing: give a run folder, such as runs/fashion_mnist")
@@ -84,7 +88,13 @@ def main(argv: Sequence[str]) -> None:
         result[name] = evaluate_bits_per_dim(
             model, image_set, folder / "bits_per_dim.jsonl", scoring, args.first_image, count, args.batch_size
         )
-    with whole_file(args.out or folder / "evaluation.json") as file:
+    if is_first():
+        _report(result, args.out or folder / "evaluation.json")
+
+
+def _report(result: dict[str, Any], path: Path) -> None:
+    """Write the result, and print it without what is long."""
+    with whole_file(path) as file:
         file.write((json.dumps(result, indent=2) + "\n").encode())
     short = {k: {n: x for n, x in v.items() if n != "L_t"} if isinstance(v, dict) else v for k, v in result.items()}
     print(json.dumps(short, indent=2))

@@ -18,6 +18,8 @@ from ddpm_jax.config import Config, override
 from ddpm_jax.data.preparation import prepare
 from ddpm_jax.data.records import verify_records
 from ddpm_jax.errors import InputError
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
+from ddpm_jax.processes import is_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +55,16 @@ class Arguments:
     """Files to write; None: one for each 64 MiB, but at least 8 and at most 256."""
     verify: Path | None = None
     """Only compare this prepared folder with its checksums."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, then prepare or verify."""
-    known = {field.name for field in dataclasses.fields(Arguments)} - {"data"}
+    known = {field.name for field in dataclasses.fields(Arguments)} - {"data", "processes"} | PROCESS_OPTIONS
     known |= {f"data.{field.name}" for field in dataclasses.fields(Source)}
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
+    if not is_first():  # it has threads enough for any storage; the others wait for it
+        return
     if args.verify is not None:
         manifest = verify_records(args.verify)
         print(f"{args.verify}: {manifest.count} images in {len(manifest.shards)} shards, all as they were written")

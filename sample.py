@@ -9,7 +9,8 @@
     python sample.py --ckpt runs/cifar10 --init cat.png --mask mask.png  cat.png painted anew where mask.png is white
 
 What is written follows from the ending of --out: .png (a grid), .gif (the way from noise to images), .npz (an array
-"images", uint8 [N, H, W, C]), or, without an ending, a folder of PNG files.
+"images", uint8 [N, H, W, C]), or, without an ending, a folder of PNG files. What takes more than one batch is kept in parts,
+OUT.parts, until it is written: after a kill the same command goes on, and several processes share the work.
 """
 
 import dataclasses
@@ -24,10 +25,12 @@ from ddpm_jax.checkpoint import run_folder
 from ddpm_jax.config import Threshold
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
-from ddpm_jax.edit_options import EditOptions, check_edit, draw
+from ddpm_jax.drawing import draw_in_parts, needs_parts, parts_folder
+from ddpm_jax.edit_options import EditOptions, check_alone, check_edit, draw
 from ddpm_jax.errors import InputError
 from ddpm_jax.images import check_output, save_output
 from ddpm_jax.inference import load
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
 from ddpm_jax.labels import find_labels
 from ddpm_jax.metrics import sample_progress
 
@@ -72,12 +75,13 @@ class Arguments(EditOptions):
     guidance_rescale: float | None = None
     """How far guided outputs are brought back to the standard deviation of unguided ones, 0 to 1."""
     batch_size: int | None = None
-    """Images drawn at once."""
+    """Images that each device draws at once."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, draw and write."""
-    known = {field.name for field in dataclasses.fields(Arguments)}
+    known = {field.name for field in dataclasses.fields(Arguments)} - {"processes"} | PROCESS_OPTIONS
     argv = [re.sub(r"^--label(?==|$)", "--labels", token) for token in argv]  # as it was called before there were names
     args = cli.parse(Arguments, argv, Arguments(), known, str(__doc__))
     if args.list_samplers:
@@ -91,16 +95,21 @@ def main(argv: Sequence[str]) -> None:
     model = load(args.ckpt, args.weights)
     labels = None if args.labels is None else find_labels(model.config.data, args.labels, args.num_images)
     out = args.out or run_folder(args.ckpt) / "samples.png"
-    kind = check_output(out, model.image_shape[-1])
+    in_parts = args.named is None and out.suffix.lower() != ".gif" and needs_parts(model, out, args.num_images, args.batch_size)
+    kind = check_output(out, model.image_shape[-1], begun=in_parts and parts_folder(out).is_dir())
     names = (
         "sampler", "num_steps", "eta", "spacing", "threshold", "guidance", "guidance_interval", "guidance_rescale",
         "batch_size",
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
-    frames = GIF_FRAMES if kind == ".gif" else 0
-    with sample_progress(args.num_images) as on_batch:
-        images = draw(model, args, args.num_images, args.seed, labels, frames, on_batch, settings)
-    save_output(out, kind, images)
+    if in_parts:
+        draw_in_parts(model, out, kind, args.num_images, args.seed, labels, settings)
+    else:
+        check_alone(args)
+        with sample_progress(args.num_images) as on_batch:
+            frames = GIF_FRAMES if kind == ".gif" else 0
+            images = draw(model, args, args.num_images, args.seed, labels, frames, on_batch, settings)
+        save_output(out, kind, images)
     used = model.config.sample
     sampler = args.sampler or ("ddpm" if args.mask else used.sampler)
     steps = next(n for n in (args.num_steps, used.num_steps, model.schedule.num_steps) if n is not None)

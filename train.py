@@ -3,7 +3,7 @@
     python train.py                                                    the packaged images, on whatever is there
     python train.py --config configs/cifar10.py --workdir runs/cifar10 --train.batch-size 256
 
-The same command goes on where a run was stopped.
+The same command goes on where a run was stopped. Several processes make one run where the cluster or --processes.* says so.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import tyro
 
 from ddpm_jax import cli
 from ddpm_jax.config import Config, flatten, load_config
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
 from ddpm_jax.training.loop import train
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "fashion_mnist.py"
@@ -28,6 +29,7 @@ class Arguments:
     """Python file that exports `config`."""
     workdir: Path
     """Folder of the run; a run found there goes on."""
+    processes: Processes
     run: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -35,8 +37,9 @@ def main(argv: Sequence[str]) -> None:
     """Parse the command line and train."""
     path = Path(cli.option(argv, "config") or DEFAULT_CONFIG)
     config = load_config(path)
-    default = Arguments(path, Path("runs") / path.stem, config)
-    arguments = cli.parse(Arguments, argv, default, {"config", "workdir", *flatten(config)}, str(__doc__))
+    default = Arguments(path, Path("runs") / path.stem, Processes(), config)
+    known = {"config", "workdir", *PROCESS_OPTIONS, *flatten(config)}
+    arguments = cli.parse(Arguments, argv, default, known, str(__doc__))
     train(arguments.run, arguments.workdir)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from ddpm_jax.config import Config
 from ddpm_jax.models import make_unet
-from ddpm_jax.models.layers import Attention
+from ddpm_jax.models.layers import Attention, Dropout
 
 Function = Callable[..., PyTree]
 
@@ -69,7 +69,7 @@ def trace_layers(config: Config) -> list[Layer]:
 
 def kind_of(module: nn.Module, params: PyTree) -> str | None:
     """What a module is by its own parameters or its class; None where it is made of others or does nothing."""
-    if isinstance(module, nn.Dropout):
+    if isinstance(module, Dropout):
         return "dropout" if module.rate > 0 else None
     ranks = {leaf.ndim for leaf in params.values() if hasattr(leaf, "ndim")}
     if isinstance(module, Attention):

@@ -62,7 +62,7 @@ def start_training(config: Config, images: np.ndarray | None = None) -> Training
     mesh, unet = make_mesh(), make_unet(config.model, config.data.image_shape[2])
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = run_once(mesh, lambda: init_state(config, unet, optimizer))
-    train_step = make_train_step(config, config_schedule(config), unet, optimizer)
+    train_step = make_train_step(config, config_schedule(config), unet, optimizer, mesh)
     steps = make_train_steps(train_step, config.train.steps_per_dispatch)
     steps = compile_for(mesh, steps, donate_argnums=0, out_shardings=replicated(mesh))
     if images is None:

@@ -5,30 +5,32 @@
                                     each readable alone
     RUN/snapshots/STEP/             see snapshots.py
 
-A checkpoint is written to a temporary folder and renamed when whole, so a killed run leaves either all of it or none.
-One that was damaged later is put aside as STEP.damaged, and the one before it is used.
+How they are written, see saving.py: a killed run leaves either all of a checkpoint or none. One that was damaged later, down
+to a single bit, is put aside as STEP.damaged, and the one before it is used.
 """
 
 import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from ddpm_jax.config import Config, differences, from_json, to_json
-from ddpm_jax.errors import InputError, first_line
-from ddpm_jax.snapshots import WeightsError, find_weights, item_name, parse_weights, reconstruct
+from ddpm_jax.errors import InputError, StorageHangError
+from ddpm_jax.files import whole_file
+from ddpm_jax.processes import anywhere, is_first, wait_for_all
+from ddpm_jax.saving import item_name, items_of, read_description, read_items
+from ddpm_jax.snapshots import WeightsError, find_weights, parse_weights, reconstruct
+from ddpm_jax.storage import TIMEOUT, newest_first, reason, within
 from ddpm_jax.training.state import TrainState
 
 logger = logging.getLogger("ddpm_jax")
-
-Checkpointer: TypeAlias = ocp.training.Checkpointer
 
 
 def check_run_folder(workdir: Path, config: Config) -> None:
@@ -36,11 +38,13 @@ def check_run_folder(workdir: Path, config: Config) -> None:
 
     Snapshots count too: a run that was killed before its first checkpoint goes on with the ones it has made.
     """
-    newest = next(itertools.chain(_newest_first(workdir / "checkpoints"), _newest_first(workdir / "snapshots")), None)
+    newest = next(itertools.chain(newest_first(workdir / "checkpoints"), newest_first(workdir / "snapshots")), None)
     if newest is None:
         return
-    path = workdir / "config.json"
-    changed = differences(read_config(path) if path.exists() else _stored_config(newest), config)
+    path, limit = workdir / "config.json", config.train.storage_timeout
+    what = f"reading the config of {newest}"
+    stored = read_config(path) if path.exists() else within(what, limit, lambda: from_json(_description(newest)["config"]))
+    changed = differences(stored, config)
     if changed:
         raise InputError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir")
 
@@ -49,10 +53,8 @@ def write_config(workdir: Path, config: Config) -> None:
     """Create the run folder and its config.json. Raises InputError where the folder can't be written."""
     path = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
-        temporary.replace(path)
+        with whole_file(path, durable=True) as file:
+            file.write((json.dumps(to_json(config), indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"can't write to run folder {workdir}: {error.strerror}: choose another --workdir") from error
 
@@ -65,26 +67,7 @@ def read_config(path: Path) -> Config:
         raise InputError(f"{path} can't be read: {error}") from error
 
 
-def open_checkpoints(workdir: Path, config: Config) -> Checkpointer:
-    """The checkpoints of a run folder, for writing: the newest train.keep_last and every train.keep_every_steps stay."""
-    policies = ocp.training.preservation_policies
-    keep: list[Any] = [policies.LatestN(config.train.keep_last)]
-    if config.train.keep_every_steps is not None:
-        keep.append(policies.EveryNSteps(config.train.keep_every_steps))
-    return Checkpointer(
-        (workdir / "checkpoints").absolute(),
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
-    )
-
-
-def save(checkpoints: Checkpointer, state: TrainState, step: int, config: Config) -> None:
-    """Start writing a checkpoint; training goes on meanwhile. `checkpoints.wait()` ends when it is written."""
-    items = {"params": state.params, "ema": state.ema, "training": _training(state)} | _averages(state)
-    checkpoints.save_checkpointables_async(step, items, force=True, custom_metadata={"config": to_json(config)})
-
-
-def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | None:
+def restore_newest(workdir: Path, abstract_state: TrainState, timeout: int = TIMEOUT) -> TrainState | None:
     """The newest checkpoint of a run folder that can be read, or None if it holds none.
 
     Newer ones that can't be read are put aside once an older one has been.
@@ -92,27 +75,37 @@ def restore_newest(workdir: Path, abstract_state: TrainState) -> TrainState | No
     Args:
         workdir: the run folder.
         abstract_state: shapes, dtypes and shardings of the state to be.
+        timeout: seconds that reading one of them may take.
 
     Raises:
         InputError: there are checkpoints, but none can be read.
+        StorageHangError: reading has not ended in time.
     """
-    items = {"params": abstract_state.params, "ema": abstract_state.ema, "training": _training(abstract_state)}
-    items |= _averages(abstract_state)
+    items = items_of(abstract_state)
     damaged: dict[Path, str] = {}
-    for path in _newest_first(workdir / "checkpoints"):
-        try:
-            loaded = ocp.load_checkpointables(path, items)
-        except Exception as error:  # whatever Orbax or its storage raise: the checkpoint can't be used
-            damaged[path] = _shortened(error)
+    for path in newest_first(workdir / "checkpoints"):
+        loaded, why = _read(path, items, timeout)
+        if anywhere(loaded is None):
+            damaged[path] = why or "another process can't read it"
             continue
-        for bad, reason in damaged.items():
-            logger.warning("checkpoint %s can't be read (%s): put aside as %s", bad, reason, _put_aside(bad).name)
+        assert loaded is not None
+        _put_all_aside(damaged)
         averages = {name: loaded[item_name(name)] for name in abstract_state.averages}
         return TrainState(params=loaded["params"], ema=loaded["ema"], averages=averages, **loaded["training"])
     if damaged:
-        path, reason = next(iter(damaged.items()))
-        raise InputError(f"none of the {len(damaged)} checkpoints of {workdir} can be read; {path.name}: {reason}")
+        path, why = next(iter(damaged.items()))
+        raise InputError(f"none of the {len(damaged)} checkpoints of {workdir} can be read; {path.name}: {why}")
     return None
+
+
+def _read(path: Path, items: dict[str, PyTree], timeout: int) -> tuple[dict[str, PyTree] | None, str]:
+    """The items of a checkpoint, or None and the reason why not."""
+    try:
+        return within(f"reading checkpoint {path}", timeout, lambda: read_items(path, items, read_description(path))), ""
+    except StorageHangError:
+        raise
+    except Exception as error:  # whatever Orbax or its storage raise: the checkpoint can't be used
+        return None, reason(error)
 
 
 def run_folder(path: Path) -> Path:
@@ -123,7 +116,7 @@ def run_folder(path: Path) -> Path:
 
 def newest_step(workdir: Path) -> int | None:
     """The step of a run folder's newest checkpoint, readable or not."""
-    newest = next(_newest_first(workdir / "checkpoints"), None)
+    newest = next(newest_first(workdir / "checkpoints"), None)
     return None if newest is None else int(newest.name)
 
 
@@ -149,42 +142,45 @@ def load_weights(path: str | Path, weights: str, make_abstract: Callable[[Config
 
     Raises:
         InputError: no checkpoint there, one whose arrays don't fit the network of its config, or weights it doesn't have.
+        StorageHangError: reading has taken longer than ten minutes.
     """
     path = Path(path).absolute()
     parse_weights(weights)
+
+    def load(checkpoint: Path) -> Weights:
+        return within(f"reading checkpoint {checkpoint}", TIMEOUT, lambda: _load_one(checkpoint, weights, make_abstract))
+
     if not path.exists():
         raise InputError(f"no checkpoint at {path}: there is no such folder")
     if path.is_dir() and path.name.isdigit() and ocp.is_orbax_checkpoint(path):
-        return _load_one(path, weights, make_abstract)
-    candidates = list(_newest_first(path / "checkpoints")) if path.is_dir() else []
+        return load(path)
+    candidates = list(newest_first(path / "checkpoints")) if path.is_dir() else []
     if not candidates:
         raise InputError(f"no checkpoint at {path}: give a run folder, such as runs/demo, or one of its checkpoints/STEP")
     for candidate in candidates[:-1]:
         try:
-            return _load_one(candidate, weights, make_abstract)
+            return load(candidate)
         except WeightsError:
             raise
         except InputError as error:
             logger.warning("%s; falling back to the checkpoint before", error)
-    return _load_one(candidates[-1], weights, make_abstract)
+    return load(candidates[-1])
 
 
 def _load_one(path: Path, weights: str, make_abstract: Callable[[Config], PyTree]) -> Weights:
-    config = _stored_config(path)
+    description = _description(path)
+    config = from_json(description["config"])
     name = find_weights(weights, config)
     abstract = make_abstract(config)
     try:
         if isinstance(name, float):
             return Weights(config, reconstruct(path, name, config, abstract), int(path.name))
-        stored = ocp.checkpointables_metadata(path).metadata[name]
-        if stored is None:
-            raise InputError(f"checkpoint {path} can't be read: the description of its {weights} weights is missing")
-        _check_same_network(path, stored, abstract)
-        params = ocp.load_checkpointables(path, {name: abstract})[name]
+        _check_same_network(path, ocp.metadata(path, name).metadata, abstract)
+        params = read_items(path, {name: abstract}, description)[name]
     except InputError:
         raise
     except Exception as error:  # see restore_newest
-        raise InputError(f"checkpoint {path} can't be read: {_shortened(error)}") from error
+        raise InputError(f"checkpoint {path} can't be read: {reason(error)}") from error
     return Weights(config, params, int(path.name))
 
 
@@ -203,14 +199,23 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(place, simple=True, separator="/"): tuple(leaf.shape) for place, leaf in leaves}
 
 
-def _stored_config(path: Path) -> Config:
+def _description(path: Path) -> dict[str, Any]:
+    """The description of a checkpoint of this program. Raises InputError where it can't be read or is another's."""
     try:
-        stored = ocp.metadata(path).custom_metadata or {}
+        stored = read_description(path)
     except Exception as error:  # see restore_newest
-        raise InputError(f"checkpoint {path} can't be read: {_shortened(error)}") from error
+        raise InputError(f"checkpoint {path} can't be read: {reason(error)}") from error
     if "config" not in stored:
         raise InputError(f"checkpoint {path} holds no config: it was not written by ddpm_jax")
-    return from_json(stored["config"])
+    return stored
+
+
+def _put_all_aside(damaged: dict[Path, str]) -> None:
+    wait_for_all("damaged checkpoints are known")
+    if is_first():
+        for path, why in damaged.items():
+            logger.warning("checkpoint %s can't be read (%s): put aside as %s", path, why, _put_aside(path).name)
+    wait_for_all("damaged checkpoints are put aside")
 
 
 def _put_aside(path: Path) -> Path:
@@ -218,29 +223,6 @@ def _put_aside(path: Path) -> Path:
     names = (f"{path.name}.damaged{number if number > 1 else ''}" for number in itertools.count(1))
     aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     return path.rename(aside)
-
-
-def _newest_first(folder: Path) -> Iterator[Path]:
-    """The folders of whole checkpoints, from the highest step down."""
-    if not folder.is_dir():
-        return
-    steps = sorted((int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()), reverse=True)
-    yield from (folder.absolute() / str(step) for step in steps)
-
-
-def _training(state: TrainState) -> dict[str, PyTree]:
-    # What a run has none of is left out, so that checkpoints of before it existed stay readable.
-    history = {} if state.loss_history is None else {"loss_history": state.loss_history}
-    return {"step": state.step, "opt_state": state.opt_state} | history
-
-
-def _averages(state: TrainState) -> dict[str, PyTree]:
-    return {item_name(name): average for name, average in state.averages.items()}
-
-
-def _shortened(error: Exception) -> str:
-    text = first_line(error)
-    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def abstract_like(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -1,51 +1,114 @@
 """What the command lines share: options from dataclasses, one-line errors, exit statuses.
 
-Exit status 0: done, or stopped on request with everything saved. 1: training diverged. 2: unusable input.
+Exit status 0: done, or stopped on request with everything saved. 1: training diverged. 2: unusable input. 3: another process
+of the run was lost (where JAX notices first, it ends by SIGABRT). 130 and 143: interrupted by Ctrl-C, SIGTERM.
 """
 
 import contextlib
+import dataclasses
 import io
 import logging
 import re
+import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Collection, Sequence
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
 
 from ddpm_jax.config import unknown_name
-from ddpm_jax.errors import InputError, NonFiniteLossError
+from ddpm_jax.endings import end_lost, end_now, end_well
+from ddpm_jax.errors import InputError, NonFiniteLossError, StorageHangError, first_line
+from ddpm_jax.joining import Processes, start_processes
 from ddpm_jax.metrics import log_to_terminal
 from ddpm_jax.parallel import keep_compiled
+from ddpm_jax.processes import several
 
 T = TypeVar("T")
 
+BROKEN = re.compile("gloo|nccl|connection|socket|peer|unavailable|deadline|aborted|cancelled|heartbeat|coordination", re.I)
+HEARD_WITHIN = 2.0  # seconds in which a process hears why another one has ended, if it said why
 
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Call main with the command line's arguments; turn bad input into one line on stderr and an exit status."""
+
+def run(main: Callable[[Sequence[str]], None], joins: bool = True) -> NoReturn:
+    """Call main with the command line's arguments; turn bad input into one line on stderr and an exit status.
+
+    Before, join the other processes of the run, unless the program is not one that joins.
+    """
     log_to_terminal()
     keep_compiled()
     for name in ("absl", "asyncio"):  # Orbax reports there what is raised as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    argv = sys.argv[1:]
     try:
-        main(sys.argv[1:])
+        if joins and "--help" not in argv:
+            start_processes(_processes(argv))
+        main(argv)
+        end_well()
     except InputError as error:
-        sys.exit(_report(error, 2))
+        _end(error, 2)
     except NonFiniteLossError as error:
-        sys.exit(_report(error, 1))
+        _end(error, 1)
+    except StorageHangError as error:  # Python would wait for the thread that hangs
+        end_now(str(error), 2)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:  # a full disk, a folder without permission
-        sys.exit(_report(error, 2))
+        _end(error, 2)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _end(f"out of device memory: use a smaller batch ({first_line(error)})", 2)
+        if not several():
             raise
-        sys.exit(_report(f"out of device memory: use a smaller batch ({str(error).partition(chr(10))[0]})", 2))
+        time.sleep(HEARD_WITHIN)
+        if BROKEN.search(str(error)):
+            end_lost(first_line(error)[:200])
+        _end_in_defect(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        end_now("interrupted" if several() else None, 130)
+    except _Terminated:
+        end_now("ended by SIGTERM" if several() else None, 143)
+    except Exception as error:
+        if not several():
+            raise
+        _end_in_defect(error)
     sys.exit(0)
+
+
+def _processes(argv: Sequence[str]) -> Processes:
+    """The options --processes.*, before the others: reading a config may use JAX, which must have joined by then."""
+    given = {field.name: option(argv, f"processes.{field.name}") for field in dataclasses.fields(Processes)}
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return parse(Processes, words, Processes(), set(given), "")
+
+
+class _Terminated(BaseException):
+    """SIGTERM, where nothing else is done about it."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _end(error: Any, status: int) -> NoReturn:
+    """One line, and an end that waits for threads and devices unless other processes wait for this one."""
+    if several():
+        end_now(str(error), status)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _end_in_defect(error: Exception) -> NoReturn:
+    traceback.print_exc()
+    end_now(f"{type(error).__name__}: {first_line(error)}", 1)
 
 
 def parse(arguments: type[T], argv: Sequence[str], default: T, known: Collection[str], description: str) -> T:
@@ -88,8 +151,3 @@ def _one_line(text: str) -> str:
     for rest in ("Argument helptext:", "For full helptext", "Similar options:"):
         message = message.partition(rest)[0]
     return message.strip()
-
-
-def _report(error: Any, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status

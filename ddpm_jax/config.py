@@ -215,7 +215,7 @@ class SampleConfig:
     guidance_rescale: float = 0.0
     """How far guided outputs are brought back to the standard deviation of unguided ones, 0 to 1."""
     batch_size: int = 64
-    """Images drawn at once; has no influence on the images."""
+    """Images that each device draws at once; has no influence on the images."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
@@ -68,6 +69,13 @@ def check_edit(options: EditOptions, kind: str) -> None:
         raise InputError(f"--strength {options.strength:g} must lie in 0 ... 1")
     if options.mask is not None and kind == ".gif":
         raise InputError("--mask goes back and forth between noise and image, which no .gif is made of: use .png")
+
+
+def check_alone(options: EditOptions) -> None:
+    """Raise InputError where several processes were started to edit images or to draw an animation."""
+    if jax.process_count() > 1:
+        what = "an animation" if options.named is None else f"--{options.named}"
+        raise InputError(f"{what} is drawn by one process: start sample.py once, without --processes")
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends that are not a defect of the program, and others' errors in one line."""
+"""The ways in which a run ends that are not a defect of the program, and others' errors in one line."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,10 @@ class InputError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged; the message names the step and the last good checkpoint. Exit status 1."""
+
+
+class StorageHangError(RuntimeError):
+    """Reading or writing has not ended in time; the message names what. Exit status 2, by `endings.end_now`."""
 
 
 def first_line(error: Exception) -> str:

@@ -8,16 +8,40 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is whole; what was there before stays until then."""
+def whole_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when it is whole; what was there before stays until then.
+
+    A durable one survives a crash of the machine from then on; that takes the time of writing it to the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
+        if durable:
+            sync(temporary)
         temporary.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """See to it that a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """See to it that a folder is on the disk with everything in it, and under its name."""
+    for entry in folder.rglob("*"):
+        sync(entry)
+    sync(folder)
+    sync(folder.parent)
 
 
 def cache_folder(name: str) -> Path:

@@ -1,8 +1,11 @@
 """Pictures: uint8 arrays as grids, PNG files and animated GIFs, and image files as arrays."""
 
+import itertools
 import logging
 import math
 import tempfile
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +64,26 @@ def save_gif(path: Path, frames: UInt8[np.ndarray, "F N H W C"]) -> None:
 
 def save_npz(path: Path, images: UInt8[np.ndarray, "N H W C"]) -> None:
     """Write the images as the array "images" of a compressed .npz file."""
-    with whole_file(path) as file:
-        np.savez_compressed(file, images=images)
+    _write_npz(path, len(images), [images])
 
 
-def save_folder(path: Path, images: UInt8[np.ndarray, "N H W C"]) -> None:
-    """Write each image as 000000.png, 000001.png, ... in a folder, without enlarging it."""
-    path.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        to_pil(image).save(path / f"{index:06d}.png")
+def save_folder(path: Path, images: UInt8[np.ndarray, "N H W C"], first: int = 0) -> None:
+    """Write each image as 000000.png, 000001.png, ... in a folder, counted from `first`, without enlarging it."""
+    for index, image in enumerate(images, first):
+        with whole_file(path / f"{index:06d}.png") as file:
+            to_pil(image).save(file, format="png")
+
+
+def _write_npz(path: Path, num_images: int, pieces: Iterable[UInt8[np.ndarray, "B H W C"]]) -> None:
+    """An .npz file of pieces that needn't all be in memory; the same bytes however they are cut and whenever written."""
+    entry = zipfile.ZipInfo("images.npy")  # dated 1980
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive, archive.open(entry, "w", force_zip64=True) as array:
+        for number, image in enumerate(itertools.chain.from_iterable(pieces)):
+            if number == 0:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *image.shape)}
+                np.lib.format.write_array_header_1_0(array, header)
+            array.write(image.tobytes())
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "H W C"]:
@@ -144,8 +158,13 @@ def on_ground(picture: Image.Image, colour: str) -> Image.Image:
 SAVERS = {".png": save_grid, ".gif": save_gif, ".npz": save_npz, "": save_folder}
 
 
-def check_output(path: Path, channels: int) -> str:
+def check_output(path: Path, channels: int, begun: bool = False) -> str:
     """The kind of output that a path asks for: ".png", ".gif", ".npz", or "" for a folder.
+
+    Args:
+        path: file or folder to write.
+        channels: of the images.
+        begun: whether an earlier start may have written a part of it.
 
     Raises:
         InputError: an unknown ending, or a place that can't be written to.
@@ -159,7 +178,7 @@ def check_output(path: Path, channels: int) -> str:
         raise InputError(f"--out {path} is a file: end the name in .png, .gif or .npz, or choose a folder")
     if not kind and channels not in (1, 3, 4):
         raise InputError(f"--out {path}: images of {channels} channels can't be PNG files: use an .npz file")
-    if not kind and next(path.glob("*.png"), None) is not None:
+    if not kind and not begun and next(path.glob("*.png"), None) is not None:
         raise InputError(f"--out {path} holds PNG files already: choose another folder, or remove them")
     folder = path.parent if kind else path
     try:
@@ -169,6 +188,20 @@ def check_output(path: Path, channels: int) -> str:
     except OSError as error:
         raise InputError(f"--out {path}: can't write there: {error.strerror}") from error
     return kind
+
+
+def save_pieces(path: Path, kind: str, num_images: int, pieces: Iterable[tuple[int, UInt8[np.ndarray, "B H W C"]]]) -> None:
+    """Write what save_output would of images that come in pieces, each with the number of its first, in order.
+
+    A folder may be given some of the pieces; of it and of ".npz" only one piece at a time is in memory.
+    """
+    if kind == "":
+        for first, images in pieces:
+            save_folder(path, images, first)
+    elif kind == ".npz":
+        _write_npz(path, num_images, (images for _, images in pieces))
+    else:
+        SAVERS[kind](path, np.concatenate([images for _, images in pieces]))
 
 
 def save_output(path: Path, kind: str, images: UInt8[np.ndarray, "... N H W C"]) -> None:

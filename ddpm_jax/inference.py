@@ -6,7 +6,8 @@ drawn in, nor on the number of devices, nor on how many other images are asked f
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
 from ddpm_jax.interop.foreign import read_foreign
 from ddpm_jax.models import UNet, bind, init_params, make_unet
-from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, round_up
+from ddpm_jax.parallel import batch_sharding, compile_for, local_mesh, put, replicated
+from ddpm_jax.ranges import Range, batches, gaps, one_behind, rows_of_range
 from ddpm_jax.validation import config_schedule
 
 SAMPLING = 2**32 - 1  # keeps the keys of images apart from those of training steps, which fold in the step
@@ -93,32 +95,48 @@ def draw_images(
 ) -> UInt8[np.ndarray, "... N H W C"]:
     """Images 0 ... num_images - 1 of a seed, batch by batch.
 
-    A class-conditional network without labels draws class i mod num_classes as image i. The last batch is filled up
-    to full size, so that all of them run one program. `on_batch` is told how many images are done. `draw` takes the place of
-    make_draw's program and is given the rows of `inputs` [N, ...] that belong to its images.
+    A class-conditional network without labels draws class i mod num_classes as image i. `on_batch` is told how many images
+    are done. `draw` takes the place of make_draw's program and is given the rows of `inputs` [N, ...] that belong to its
+    images.
     """
-    size = round_up(min(config.sample.batch_size, num_images), mesh)
-    draw = make_draw(config, mesh, num_frames) if draw is None else draw
-    num_classes = config.model.num_classes
+    rows = rows_of_range(config.sample.batch_size, num_images, mesh.size)
+    ranges = gaps({}, 0, num_images, rows)
     pieces: list[np.ndarray] = []
-    pending: UInt8[Array, "... H W C"] | None = None
-    for start in range(0, num_images, size):
-        indices = np.arange(start, start + size, dtype=np.uint32)
-        classes = None
-        if num_classes is not None:
-            named = indices % num_classes if labels is None else labels[np.minimum(indices, num_images - 1)]
-            classes = put(named.astype(np.int32), batch_sharding(mesh))
-        keys = image_keys(put(np.uint32(seed), replicated(mesh)), put(indices, batch_sharding(mesh)))
-        rows = np.minimum(indices, num_images - 1)
-        drawn = draw(params, keys, classes, *(put(array[rows], batch_sharding(mesh)) for array in inputs))
-        if pending is not None:  # fetched while the devices draw the next batch
-            pieces.append(jax.device_get(pending))
-            on_batch(start)
-        pending = drawn
-    pieces.append(jax.device_get(pending))
-    on_batch(num_images)
-    axis = 1 if num_frames else 0
-    return np.concatenate(pieces, axis=axis).take(np.arange(num_images), axis=axis)
+    for batch in draw_ranges(config, mesh, params, seed, ranges, rows, labels, num_frames, draw, inputs):
+        pieces.extend(batch.values())
+        on_batch(max(stop for _, stop in batch))
+    return np.concatenate(pieces, axis=1 if num_frames else 0)
+
+
+def draw_ranges(
+    config: Config,
+    mesh: Mesh,
+    params: PyTree,
+    seed: int,
+    ranges: Sequence[Range],
+    rows: int,
+    labels: Int[np.ndarray, " N"] | None = None,
+    num_frames: int = 0,
+    draw: DrawFn | None = None,
+    inputs: Sequence[np.ndarray] = (),
+) -> Iterator[dict[Range, UInt8[np.ndarray, "... H W C"]]]:
+    """The images of ranges of at most `rows`, a batch of ranges at a time, one for each device; see draw_images."""
+    draw = make_draw(config, mesh, num_frames) if draw is None else draw
+    num_classes, split = config.model.num_classes, batch_sharding(mesh)
+
+    def drawn() -> Iterator[tuple[Sequence[Range], UInt8[Array, "... B H W C"]]]:
+        for batch, numbers in batches(ranges, rows, mesh.size):
+            classes = None
+            if num_classes is not None:
+                named = numbers % num_classes if labels is None else labels[numbers]
+                classes = put(named.astype(np.int32), split)
+            keys = image_keys(put(np.uint32(seed), replicated(mesh)), put(numbers.astype(np.uint32), split))
+            yield batch, draw(params, keys, classes, *(put(array[numbers], split) for array in inputs))
+
+    for batch, images in one_behind(drawn()):
+        host, axis = jax.device_get(images), 1 if num_frames else 0
+        places = (place * rows + np.arange(stop - start) for place, (start, stop) in enumerate(batch))
+        yield {each: host.take(place, axis=axis) for each, place in zip(batch, places, strict=True)}
 
 
 @jax.jit
@@ -143,7 +161,7 @@ class Model:
     weights: str
     """Which weights they are: "ema", "raw", "decay:0.999", "ema:0.08"; "imported" where another program didn't say."""
     mesh: Mesh
-    """The devices it runs on."""
+    """The devices it runs on, all of this process."""
 
     def network_fn(
         self, xt: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
@@ -160,6 +178,14 @@ class Model:
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of its images."""
         return _image_shape(self.config)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and their names."""
+        digest = hashlib.sha256()
+        for place, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(self.params)):
+            digest.update(jax.tree_util.keystr(place).encode() + np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()
 
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
@@ -193,7 +219,7 @@ class Model:
             eta: noise of ddim.
             spacing: which timesteps are visited.
             threshold: what is done with an x0 outside [-1, 1].
-            batch_size: images drawn at once; has no influence on them.
+            batch_size: images that each device draws at once; has no influence on them.
             labels: one class for all images or one for each; image i shows class i mod num_classes where not given.
             guidance: how strongly images follow their class, see `ddpm_jax.classifier_free`: 1 as learnt, 0 not at all. This
                 and the next two are those of config.sample where not given.
@@ -244,6 +270,8 @@ class Model:
 def load(path: str | Path, weights: str = "ema") -> Model:
     """A trained model from a run folder (its newest checkpoint), a checkpoint's own folder, or another program's files.
 
+    It lies on this process's devices.
+
     Args:
         path: runs/NAME or runs/NAME/checkpoints/STEP; a folder of diffusers with a pipeline or a UNet2DModel, whose step is
             given as 0; a .pt file of improved-diffusion, see `ddpm_jax.interop.improved_diffusion`.
@@ -254,7 +282,7 @@ def load(path: str | Path, weights: str = "ema") -> Model:
     Raises:
         InputError: no checkpoint there, a damaged one, or weights that it doesn't have.
     """
-    mesh = make_mesh()
+    mesh = local_mesh()
     foreign = read_foreign(path, weights, lambda config: abstract_params(config, mesh))
     if foreign is None:
         loaded = load_weights(path, weights, lambda config: abstract_params(config, mesh))

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from ddpm_jax.errors import InputError
 from ddpm_jax.files import whole_file
 
 logger = logging.getLogger("ddpm_jax")
@@ -36,31 +38,57 @@ def log_to_terminal() -> None:
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and to TensorBoard's event files in the run folder."""
+    """Appends records to metrics.jsonl and to TensorBoard's event files in the run folder.
 
-    def __init__(self, workdir: Path) -> None:
-        path = workdir / "metrics.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a")
-        if torn:  # the last line of a killed run
-            self._file.write("\n")
-        self._workdir = workdir
+    Args:
+        workdir: the run folder.
+        start: the step that a run goes on from: what was recorded after it is removed, as it comes again. None: all stays.
+    """
+
+    def __init__(self, workdir: Path, start: int | None = None) -> None:
+        self._path, self._start = workdir / "metrics.jsonl", start
+        with self._explained():
+            before = self._path.read_bytes() if self._path.exists() else b""
+            kept = b"".join(line + b"\n" for line in before.splitlines() if start is None or _step_of(line) <= start)
+            if kept != before:  # also where the last line of a killed run is torn
+                with whole_file(self._path) as file:
+                    file.write(kept)
+            self._file = self._path.open("a")
         self._events: SummaryWriter | None = None  # made by the first record: a run with nothing left to do has none
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add one record."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        if self._events is None:
-            self._events = SummaryWriter(str(self._workdir), flush_secs=10)
+        """Add one record. Raises InputError where it can't be written."""
+        with self._explained():
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            if self._events is None:
+                again = self._start + 1 if self._start else None
+                self._events = SummaryWriter(str(self._path.parent), flush_secs=10, purge_step=again)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish both files."""
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written, which was raised then
+            self._file.close()
         if self._events is not None:
             self._events.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            again = "the same command goes on from the last checkpoint"
+            raise InputError(f"{self._path} can't be written: {error.strerror}; {again}") from error
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a record; -1 for a line that is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -82,7 +110,7 @@ def plot_loss(workdir: Path) -> None:
         return
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.5)
+    axes.plot([r["step"] for r in records], [r.get("loss", math.nan) for r in records], linewidth=1.5)
     axes.set(xlabel="step", ylabel="loss (mean squared error)", yscale="log", title="Training loss")
     axes.grid(visible=True, which="both", alpha=0.3)
     with whole_file(workdir / "loss.png") as file:
@@ -118,7 +146,8 @@ class TrainProgress:
     def report(self, step: int, values: dict[str, float]) -> None:
         """Show a record."""
         rate = values.get("images_per_second")
-        loss, speed = f"{values['loss']:.4f}", "-" if rate is None else f"{rate:.0f}"
+        loss = f"{values['loss']:.4f}" if "loss" in values else "-"
+        speed = "-" if rate is None else f"{rate:.0f}"
         self._bar.update(self._task, loss=loss, speed=speed)
         if not console.is_terminal:
             seconds = None if rate is None else int((self._total - step) * self._batch_size / rate)
@@ -127,17 +156,21 @@ class TrainProgress:
 
 
 class Meter:
-    """Means of the metrics, images per second, and the share of time spent waiting for data, since the last record."""
+    """Means of the metrics, images per second, and the share of time spent waiting for data, since the last record.
 
-    def __init__(self, batch_size: int) -> None:
+    Skipped steps are left out of the means, and counted where they may occur.
+    """
+
+    def __init__(self, batch_size: int, counts_skipped: bool = False) -> None:
         self._batch_size = batch_size
-        self._values: list[tuple[float, float, float]] = []
+        self._counts_skipped = counts_skipped
+        self._values: list[tuple[float, float, float, float]] = []
         self._since: float | None = None
         self._timed_steps = 0
         self._waited = 0.0
 
-    def add(self, *steps: tuple[float, float, float]) -> None:
-        """Take in (loss, grad_norm, learning_rate) of the steps of one dispatch.
+    def add(self, *steps: tuple[float, float, float, float]) -> None:
+        """Take in (loss, grad_norm, learning_rate, skipped) of the steps of one dispatch.
 
         The first dispatch only starts the clock: its time is mostly the compiler's.
         """
@@ -158,10 +191,13 @@ class Meter:
             self._waited += seconds
 
     def record(self) -> dict[str, float]:
-        """The record of the steps since the last one."""
+        """The record of the steps since the last one; without loss and norm where all of them were skipped."""
         now = time.perf_counter()
-        loss, grad_norm, _ = np.mean(self._values, axis=0).tolist()
-        record = {"loss": loss, "grad_norm": grad_norm, "learning_rate": self._values[-1][2]}
+        made = [values for values in self._values if not values[3]]
+        record = dict(zip(("loss", "grad_norm"), np.mean(made, axis=0).tolist(), strict=False)) if made else {}
+        record["learning_rate"] = self._values[-1][2]
+        if self._counts_skipped:
+            record["skipped_steps"] = float(len(self._values) - len(made))
         if self._timed_steps and self._since is not None:
             record["images_per_second"] = self._timed_steps * self._batch_size / (now - self._since)
             record["data_wait"] = self._waited / (now - self._since)

@@ -4,6 +4,9 @@ Every program is a `jax.jit` over one mesh of all devices with the axes "data" a
 state is whole along "data" and split along "fsdp", whose devices are neighbours: those of one host where they go into it.
 The same program runs on one device and on many, and random numbers, drawn by position in the global batch, are the same on
 both.
+
+What one device does in a train step is written out (`jax.shard_map`), with the sums and gathers between devices in three
+functions, for arrays split by the rule of `split_sharding`: `gather`, `reduce_gradients` and `tree_norm`.
 """
 
 import ctypes
@@ -11,14 +14,14 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ddpm_jax.errors import InputError
 from ddpm_jax.files import cache_folder
@@ -27,17 +30,16 @@ from ddpm_jax.files import cache_folder
 # gradients of convolutions. This keeps it to reductions; the numbers are the same up to rounding.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
-
 BATCH_AXES = ("data", "fsdp")
 SPLIT_SIZE = 1024  # arrays with fewer elements than this are not worth being split
 
 
 def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh with the axes "data" and "fsdp" over the given devices, or all there are, in their order.
+    """A mesh with the axes "data" and "fsdp" over the given devices, or all there are, as `arrange` lays them out.
 
     Args:
-        devices: by default those of all processes, process by process.
-        fsdp: devices among which the state is split; neighbours in that order.
+        devices: by default those of all processes.
+        fsdp: devices among which the state is split.
 
     Raises:
         InputError: no device, or a number of them that fsdp doesn't divide.
@@ -50,7 +52,22 @@ def make_mesh(devices: list[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
     if len(devices) % fsdp:
         divisors = [count for count in range(1, len(devices) + 1) if len(devices) % count == 0]
         raise InputError(f"train.fsdp = {fsdp}: {len(devices)} devices can't be divided so: use one of {divisors}")
-    return Mesh(np.asarray(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(arrange(devices, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def arrange(devices: Sequence[jax.Device], fsdp: int) -> np.ndarray:
+    """The devices as [data, fsdp]: host by host, and on each in the given order.
+
+    So where fsdp divides a host's devices, each group that splits a state lies on one host, and what crosses the network is
+    the gradients' sum over "data"; and where fsdp is a multiple of them, a group is a number of whole hosts.
+    """
+    by_host = sorted(devices, key=lambda device: device.process_index)
+    return np.asarray(by_host).reshape(-1, fsdp)
+
+
+def local_mesh() -> Mesh:
+    """make_mesh over the devices of this process."""
+    return make_mesh(make_mesh().local_devices)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
@@ -71,9 +88,78 @@ def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
 
 
+def split_specs(mesh: Mesh, tree: PyTree) -> PyTree:
+    """For each array of a tree, or each shape, how `split_sharding` lays it out, as `jax.shard_map` wants to know it."""
+    return jax.tree.map(lambda leaf: split_sharding(mesh, leaf.shape).spec, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def on_each_device(mesh: Mesh, function: Callable[..., Any], in_specs: PyTree, out_specs: PyTree) -> Callable[..., Any]:
+    """function as what each device does with its pieces: nothing is sent but by the collectives that it calls itself.
+
+    JAX's own bookkeeping of which values differ between devices is off: it would add sums to the gradient where it sees fit.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def gather(pieces: PyTree, specs: PyTree) -> PyTree:
+    """Within `on_each_device`: the whole arrays of which each device holds pieces, by one all-gather for each split array.
+
+    Its gradient is the reduce-scatter: the sum over "fsdp" of the devices' gradients, of which each device gets its piece.
+    """
+
+    def one(piece: Array, spec: PartitionSpec) -> Array:
+        if "fsdp" not in spec:
+            return piece
+        return jax.lax.all_gather(piece, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+    return jax.tree.map(one, pieces, specs)
+
+
+def free_gathered(function: Callable[..., Any], arrays: PyTree, specs: PyTree) -> Callable[..., Any]:
+    """function, whose backward pass gathers arrays a second time rather than hold them whole since the forward pass.
+
+    All else that the backward pass needs is held, but for whole arrays in another dtype, which are made again as well.
+    """
+    pairs = zip(jax.tree.leaves(arrays), jax.tree.leaves(specs), strict=True)
+    shapes = {array.shape for array, spec in pairs if "fsdp" in spec}
+
+    def is_held(primitive: Any, *inputs: Any, **_: Any) -> bool:
+        cast = primitive.name == "convert_element_type" and inputs[0].shape in shapes
+        return primitive.name != "all_gather" and not cast
+
+    return jax.checkpoint(function, policy=is_held) if shapes else function
+
+
+def reduce_gradients(grads: PyTree, specs: PyTree) -> PyTree:
+    """Within `on_each_device`: the sums over all devices of the gradients by what `gather` was given, in their own dtype.
+
+    Those of split arrays have been summed over "fsdp" by its gradient, and lack the sum over "data".
+    """
+    return jax.tree.map(lambda grad, spec: sum_over(("data",) if "fsdp" in spec else BATCH_AXES, grad), grads, specs)
+
+
+def sum_over(axes: tuple[str, ...], x: Array) -> Array:
+    """Within `on_each_device`: the sum over devices along axes; along a single device no program, which would copy x."""
+    return jax.lax.psum(x, axes) if jax.lax.axis_size(axes) > 1 else x
+
+
+def tree_norm(mesh: Mesh, tree: PyTree) -> Float[Array, ""]:
+    """The Euclidean norm of all arrays of a tree together, split by `split_sharding`: one sum of one number over "fsdp"."""
+    specs = split_specs(mesh, tree)
+
+    def of_pieces(pieces: PyTree) -> Float[Array, ""]:
+        squares = jax.tree.map(lambda piece: jnp.sum(jnp.square(piece)), pieces)
+        pairs = list(zip(jax.tree.leaves(squares), jax.tree.leaves(specs), strict=True))
+        split = sum(square for square, spec in pairs if "fsdp" in spec)
+        whole = sum(square for square, spec in pairs if "fsdp" not in spec)
+        return jnp.sqrt(whole + sum_over(("fsdp",), jnp.asarray(split, jnp.float32)))
+
+    return on_each_device(mesh, of_pieces, (specs,), PartitionSpec())(tree)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
@@ -162,6 +248,22 @@ def put_rows(local: np.ndarray, sharding: NamedSharding, shape: tuple[int, ...])
     if sharding.is_fully_addressable:
         return put(local, sharding)
     return jax.make_array_from_process_local_data(sharding, local, shape)
+
+
+def weights_here(mesh: Mesh, weights: PyTree) -> tuple[Mesh, PyTree]:
+    """A mesh of this process's devices, and weights that lie on a mesh of all of them whole on each; all processes must ask.
+
+    Where there is one process, both as they are.
+    """
+    if mesh.is_multi_process:
+        here = make_mesh(list(mesh.local_devices))
+        whole = jax.jit(_as_it_is, out_shardings=replicated(mesh))(weights)
+        return here, jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), replicated(here)), whole)
+    return mesh, weights
+
+
+def _as_it_is(tree: PyTree) -> PyTree:
+    return tree
 
 
 @functools.cache

@@ -12,10 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from orbax.checkpoint import v1 as ocp
 
-from ddpm_jax.config import Config, TrainConfig, to_json
-from ddpm_jax.errors import InputError
+from ddpm_jax.config import Config, TrainConfig
+from ddpm_jax.errors import InputError, StorageHangError
+from ddpm_jax.files import sync_all
+from ddpm_jax.processes import is_first
+from ddpm_jax.saving import item_name, read_description, read_items, write_items
+from ddpm_jax.storage import reason, within
 from ddpm_jax.training.ema import MAX_LENGTH, Profile, average_names, gamma_from_length, solve_weights
 from ddpm_jax.training.state import TrainState
 
@@ -26,11 +29,6 @@ logger = logging.getLogger("ddpm_jax")
 
 class WeightsError(InputError):
     """Weights that a run can't give, from whichever checkpoint."""
-
-
-def item_name(name: str) -> str:
-    """The name under which an average is stored: a colon is not for every file system."""
-    return name.replace(":", "-")
 
 
 def parse_weights(weights: str) -> tuple[str, float | None]:
@@ -74,8 +72,17 @@ def save_snapshot(workdir: Path, state: TrainState, step: int, config: Config) -
     """Write a snapshot, unless it is there: then a run that was stopped is repeating the steps since its last checkpoint."""
     path = workdir.absolute() / "snapshots" / str(step)
     if not path.exists():
-        items = {item_name(name): state.averages[name] for name in average_names(config.optim) if name.startswith("ema:")}
-        ocp.save_checkpointables(path, items, custom_metadata={"config": to_json(config)})
+        followed = {item_name(name): state.averages[name] for name in average_names(config.optim) if name.startswith("ema:")}
+        items = jax.device_get(followed) if jax.process_count() == 1 else followed
+        try:
+            within(f"writing snapshot {path}", config.train.storage_timeout, lambda: write_items(path, items, config)())
+        except StorageHangError:
+            raise
+        except Exception as error:  # whatever Orbax or its storage raise
+            again = "the same command goes on from the last checkpoint"
+            raise InputError(f"snapshot {path} can't be written: {reason(error)}; {again}") from error
+        if is_first():
+            sync_all(path)
 
 
 def reconstruct(checkpoint: Path, length: float, config: Config, abstract: PyTree) -> PyTree:
@@ -107,7 +114,7 @@ def reconstruct(checkpoint: Path, length: float, config: Config, abstract: PyTre
     total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float64), abstract)
     items = {item_name(f"ema:{each}"): abstract for each in lengths}
     for folder, each in zip(folders, shares.reshape(len(folders), len(lengths)), strict=True):
-        loaded = ocp.load_checkpointables(folder, items) if folder == checkpoint else _load_snapshot(folder, items)
+        loaded = read_items(folder, items, read_description(folder)) if folder == checkpoint else _load_snapshot(folder, items)
         for name, share in zip(items, each, strict=True):
             total = jax.tree.map(lambda a, b: a + share * np.asarray(b, np.float64), total, loaded[name])  # noqa: B023
     return jax.tree.map(lambda value, leaf: jax.device_put(value.astype(leaf.dtype), leaf.sharding), total, abstract)
@@ -115,10 +122,9 @@ def reconstruct(checkpoint: Path, length: float, config: Config, abstract: PyTre
 
 def _load_snapshot(folder: Path, items: dict[str, PyTree]) -> dict[str, PyTree]:
     try:
-        return ocp.load_checkpointables(folder, items)
+        return read_items(folder, items, read_description(folder))
     except Exception as error:  # whatever Orbax or its storage raise
-        reason = str(error).strip().partition("\n")[0]
-        raise WeightsError(f"snapshot {folder} can't be read: move it away to do without ({reason[:200]})") from error
+        raise WeightsError(f"snapshot {folder} can't be read: move it away to do without ({reason(error)})") from error
 
 
 def _snapshots(checkpoint: Path, step: int) -> list[Path]:

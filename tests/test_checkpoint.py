@@ -19,16 +19,15 @@ from ddpm_jax.checkpoint import (
     check_run_folder,
     load_weights,
     newest_step,
-    open_checkpoints,
     read_config,
     restore_newest,
-    save,
     write_config,
 )
 from ddpm_jax.config import HARMLESS, Config, DataConfig, TrainConfig, override
 from ddpm_jax.diffusion.timesteps import LossHistory
 from ddpm_jax.errors import InputError
 from ddpm_jax.parallel import make_mesh, put, replicated
+from ddpm_jax.saving import Checkpoints
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState
 
@@ -57,7 +56,7 @@ def mesh_of(count):
     return make_mesh(jax.devices()[:count])
 
 
-def make_state(step, count=1):
+def host_state(step):
     """A state of random bits in every place where the real one has numbers: 40,000 weights that no compressor can shrink."""
     generator = np.random.default_rng(step)
 
@@ -69,7 +68,12 @@ def make_state(step, count=1):
     shapes = {"conv": {"kernel": (3, 3, 64, 64), "bias": (64,)}, "dense": {"kernel": (7, 11)}}
     params = jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
     empty = TrainState(np.int32(0), params, params, jax.eval_shape(OPTIMIZER.init, params))
-    return put(jax.tree.map(random, empty), replicated(mesh_of(count)))
+    return jax.tree.map(random, empty)
+
+
+def make_state(step, count=1):
+    """The state on devices, whole on each."""
+    return put(host_state(step), replicated(mesh_of(count)))
 
 
 def abstract(count=1):
@@ -83,9 +87,9 @@ def abstract_params(config):
 
 def write(workdir, steps, config=CONFIG, count=1):
     write_config(workdir, config)
-    with open_checkpoints(workdir, config) as checkpoints:
+    with Checkpoints(workdir, config) as checkpoints:
         for step in steps:
-            save(checkpoints, make_state(step, count), step, config)
+            checkpoints.save(make_state(step, count), step)
             checkpoints.wait()
 
 
@@ -136,8 +140,8 @@ def test_a_loss_history_comes_back_bit_by_bit(tmp_path):
     losses = np.random.default_rng(3).standard_normal((5, 10)).astype(np.float32)
     history = put(LossHistory(losses, np.arange(5, dtype=np.int32)), replicated(mesh_of(1)))
     state = make_state(1)._replace(loss_history=history)
-    with open_checkpoints(tmp_path, CONFIG) as checkpoints:
-        save(checkpoints, state, 1, CONFIG)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(state, 1)
         checkpoints.wait()
     assert_same_bits(restore_newest(tmp_path, abstract_like(state, replicated(mesh_of(1)))), state)
 
@@ -156,8 +160,8 @@ def test_special_numbers_survive(tmp_path):
     state = make_state(1)
     special = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45, np.finfo(np.float32).max] + [0.0] * 58, np.float32)
     state.params["conv"]["bias"] = put(special, replicated(mesh_of(1)))
-    with open_checkpoints(tmp_path, CONFIG) as checkpoints:
-        save(checkpoints, state, 1, CONFIG)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(state, 1)
     assert np.asarray(restore_newest(tmp_path, abstract()).params["conv"]["bias"]).tobytes() == special.tobytes()
 
 
@@ -168,8 +172,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     """
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = make_state(5)
-    with open_checkpoints(tmp_path, CONFIG) as checkpoints:
-        save(checkpoints, state, 5, CONFIG)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(state, 5)
         for _ in range(20):
             state = step(state)
     assert_same_bits(restore_newest(tmp_path, abstract()), make_state(5))
@@ -325,9 +329,9 @@ def test_leftovers_of_an_interrupted_save_are_ignored_and_cleared(run, log):
 def test_a_checkpoint_appears_whole_under_its_name(tmp_path, monkeypatch):
     """Until everything is written, the folder has another name."""
     seen = []
-    with open_checkpoints(tmp_path, CONFIG) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         for step in (1, 2):
-            save(checkpoints, make_state(step), step, CONFIG)
+            checkpoints.save(make_state(step), step)
             while not (tmp_path / "checkpoints" / str(step)).exists():
                 seen += names(tmp_path)
             assert int(restore_newest(tmp_path, abstract()).step) == step
@@ -367,8 +371,7 @@ def test_weights_that_do_not_fit_the_network(pristine):
 
 
 def test_a_checkpoint_of_another_program(tmp_path):
-    with open_checkpoints(tmp_path, CONFIG) as checkpoints:
-        checkpoints.save_checkpointables(3, {"params": make_state(3).params})
+    ocp.save_checkpointables(tmp_path / "checkpoints" / "3", {"params": make_state(3).params})
     with pytest.raises(InputError, match="3 holds no config: it was not written by ddpm_jax"):
         load_weights(tmp_path, "raw", abstract_params)
 

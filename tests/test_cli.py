@@ -4,8 +4,11 @@ import ast
 import errno
 import functools
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +25,15 @@ from ddpm_jax.data import load_images
 from ddpm_jax.images import make_grid
 
 train, sample = load_script("train.py"), load_script("sample.py")
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """What SIGTERM does afterwards is what it did before: a command line changes it for good."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
 
 # What these tests count on, whatever the default config says.
 NETWORK = "--model.multipliers 1 1 --model.num-res-blocks 1 --model.attention-resolutions 7 --model.space-to-depth 2".split()  # noqa: SIM905
@@ -184,6 +196,7 @@ def test_option(argv, value):
     ("error", "status", "line"),
     [(None, 0, ""), (InputError("seed = -1: must be\n0 or more"), 2, "error: seed = -1: must be 0 or more\n"),
      (NonFiniteLossError("the loss is nan"), 1, "error: the loss is nan\n"), (KeyboardInterrupt(), 130, ""),
+     (cli._Terminated(), 143, ""),
      (OSError(errno.ENOSPC, "No space left on device", "a.png"), 2, "error: [Errno 28] No space left on device: 'a.png'\n")],
 )  # fmt: skip
 def test_exit_statuses(error, status, line, capsys, monkeypatch):
@@ -193,11 +206,20 @@ def test_exit_statuses(error, status, line, capsys, monkeypatch):
             raise error
 
     monkeypatch.setattr(cli, "log_to_terminal", lambda: None)
+    monkeypatch.setattr(cli, "end_now", lambda message, status: sys.exit(status))  # it would end the tests, too
     monkeypatch.setattr("sys.argv", ["train.py", "--seed", "1"])
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == status
     assert capsys.readouterr() == ("", line)
+
+
+def test_sigterm_ends_a_program_that_does_nothing_about_it(monkeypatch):
+    monkeypatch.setattr(cli, "log_to_terminal", lambda: None)
+    monkeypatch.setattr(cli, "end_now", lambda message, status: sys.exit(status))
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda argv: os.kill(os.getpid(), signal.SIGTERM))
+    assert end.value.code == 143
 
 
 def test_device_memory_that_is_too_small(capsys, monkeypatch):

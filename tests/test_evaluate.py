@@ -16,12 +16,13 @@ import pytest
 from helpers import load_script, one_line_error, start_script
 
 from ddpm_jax import load
-from ddpm_jax.checkpoint import open_checkpoints, save, write_config
+from ddpm_jax.checkpoint import write_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, SampleConfig
 from ddpm_jax.data import load_images
 from ddpm_jax.evaluation.bits_per_dim import Scoring, evaluate_bits_per_dim
 from ddpm_jax.models import make_unet
 from ddpm_jax.parallel import make_mesh, put, replicated, run_once
+from ddpm_jax.saving import Checkpoints
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import init_state
 
@@ -57,8 +58,8 @@ def run(images, tmp_path_factory):
     generator = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: x + generator.normal(0, 0.1, x.shape).astype(np.float32), jax.device_get(state.ema))
     write_config(workdir, config)
-    with open_checkpoints(workdir, config) as checkpoints:
-        save(checkpoints, state._replace(ema=put(moved, replicated(mesh))), 3, config)
+    with Checkpoints(workdir, config) as checkpoints:
+        checkpoints.save(state._replace(ema=put(moved, replicated(mesh))), 3)
         checkpoints.wait()
     return workdir
 

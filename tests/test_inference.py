@@ -10,12 +10,13 @@ import pytest
 
 import ddpm_jax as ddpm
 from ddpm_jax import inference
-from ddpm_jax.checkpoint import open_checkpoints, save, write_config
+from ddpm_jax.checkpoint import write_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from ddpm_jax.errors import InputError
 from ddpm_jax.inference import Model, draw_images, to_uint8
 from ddpm_jax.models import make_unet
 from ddpm_jax.parallel import make_mesh, put, replicated, run_once
+from ddpm_jax.saving import Checkpoints
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import init_state
 from ddpm_jax.validation import config_schedule
@@ -271,14 +272,14 @@ def run(state, tmp_path_factory):
     """A run folder with checkpoints 5 and 7, whose weights differ by 1."""
     workdir = tmp_path_factory.mktemp("run")
     write_config(workdir, CONFIG)
-    with open_checkpoints(workdir, CONFIG) as checkpoints:
+    with Checkpoints(workdir, CONFIG) as checkpoints:
         for step, offset in ((5, 1.0), (7, 0.0)):
             shifted = state._replace(
                 params=jax.tree.map(lambda x: x + np.float32(offset), state.params),  # noqa: B023
                 ema=jax.tree.map(lambda x: x + np.float32(offset), state.ema),  # noqa: B023
                 step=np.int32(step),
             )
-            save(checkpoints, put(shifted, replicated(make_mesh(jax.devices()[:1]))), step, CONFIG)
+            checkpoints.save(put(shifted, replicated(make_mesh(jax.devices()[:1]))), step)
             checkpoints.wait()
     return workdir
 

@@ -3,11 +3,13 @@
 import io
 import json
 import logging
+import math
 import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import one_line_error
 from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
@@ -67,6 +69,30 @@ def test_the_newest_record_of_a_step_wins(tmp_path):
         (30, 0.3),
         (40, 0.4),
     ]
+
+
+def test_what_was_recorded_after_the_step_that_a_run_goes_on_from_is_removed(tmp_path):
+    write(tmp_path, *((step, {"loss": step / 10}) for step in (10, 20, 30)))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4')
+    writer = MetricsWriter(tmp_path, start=20)
+    for step in (30, 40):
+        writer.write(step, {"loss": step / 100})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [(record["step"], record["loss"]) for record in lines] == [(10, 1.0), (20, 2.0), (30, 0.3), (40, 0.4)]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    one_line_error(MetricsWriter, tmp_path, fragments=["metrics.jsonl can't be written: Is a directory", "the same command"])
+
+
+def test_a_full_disk_is_one_line_and_closes(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(tmp_path)
+    one_line_error(writer.write, 1, {"loss": 1.0}, fragments=["metrics.jsonl can't be written: No space left on device"])
+    writer.close()
 
 
 def test_lines_that_are_no_records(tmp_path):
@@ -133,14 +159,14 @@ def clock(monkeypatch):
 
 def test_meter_means(clock):
     meter = Meter(batch_size=4)
-    meter.add((1.0, 10.0, 0.1))
-    meter.add((2.0, 20.0, 0.2))
-    meter.add((6.0, 0.0, 0.3))
+    meter.add((1.0, 10.0, 0.1, 0.0))
+    meter.add((2.0, 20.0, 0.2, 0.0))
+    meter.add((6.0, 0.0, 0.3, 0.0))
     clock.now += 1
     record = meter.record()
     assert record["loss"] == pytest.approx(3.0) and record["grad_norm"] == pytest.approx(10.0)
     assert record["learning_rate"] == 0.3  # that of the last step
-    meter.add((5.0, 7.0, 0.4))
+    meter.add((5.0, 7.0, 0.4, 0.0))
     clock.now += 1
     again = meter.record()
     assert (again["loss"], again["grad_norm"], again["learning_rate"]) == (5.0, 7.0, 0.4)  # nothing of the last record
@@ -150,13 +176,13 @@ def test_meter_speed(clock):
     meter = Meter(batch_size=10)
     clock.now += 100  # compiling
     for _ in range(3):
-        meter.add((1.0, 1.0, 1.0))
+        meter.add((1.0, 1.0, 1.0, 0.0))
         clock.now += 2
     # The first step only started the clock: two steps of 10 images since, in 6 seconds.
     assert meter.record()["images_per_second"] == pytest.approx(20 / 6)
     for _ in range(4):
         clock.now += 2
-        meter.add((1.0, 1.0, 1.0))
+        meter.add((1.0, 1.0, 1.0, 0.0))
     clock.now += 30
     meter.exclude(30.0)  # a preview
     assert meter.record()["images_per_second"] == pytest.approx(40 / 8)
@@ -166,7 +192,7 @@ def test_meter_leaves_out_all_steps_of_the_first_dispatch(clock):
     meter = Meter(batch_size=10)
     clock.now += 100  # compiling, and 4 steps
     for _ in range(3):
-        meter.add(*[(1.0, 1.0, 1.0)] * 4)
+        meter.add(*[(1.0, 1.0, 1.0, 0.0)] * 4)
         clock.now += 2
     assert meter.record()["images_per_second"] == pytest.approx(80 / 6)
 
@@ -174,13 +200,13 @@ def test_meter_leaves_out_all_steps_of_the_first_dispatch(clock):
 def test_meter_tells_the_share_of_time_spent_waiting(clock):
     meter = Meter(batch_size=10)
     meter.waited(7.0)  # before the clock starts, nothing counts
-    meter.add((1.0, 1.0, 1.0))
+    meter.add((1.0, 1.0, 1.0, 0.0))
     for _ in range(3):
         meter.waited(0.5)
         clock.now += 2
-        meter.add((1.0, 1.0, 1.0))
+        meter.add((1.0, 1.0, 1.0, 0.0))
     assert meter.record()["data_wait"] == pytest.approx(1.5 / 6)
-    meter.add((1.0, 1.0, 1.0))
+    meter.add((1.0, 1.0, 1.0, 0.0))
     clock.now += 4
     assert meter.record()["data_wait"] == 0  # nothing of the last record
 
@@ -188,9 +214,22 @@ def test_meter_tells_the_share_of_time_spent_waiting(clock):
 def test_meter_of_one_step_has_no_speed(clock):
     meter = Meter(batch_size=10)
     meter.exclude(5.0)  # before the first step there is nothing to leave out
-    meter.add((0.5, 1.0, 0.1))
+    meter.add((0.5, 1.0, 0.1, 0.0))
     clock.now += 1
     assert meter.record() == {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 0.1}
+
+
+def test_meter_leaves_skipped_steps_out_of_means_and_counts_them(clock):
+    meter = Meter(batch_size=10, counts_skipped=True)
+    meter.add((1.0, 2.0, 0.1, 0.0), (math.nan, math.inf, 0.2, 1.0), (3.0, 4.0, 0.3, 0.0))
+    assert meter.record() == {"loss": 2.0, "grad_norm": 3.0, "learning_rate": 0.3, "skipped_steps": 1.0}
+    clock.now += 1
+    meter.add((math.nan, math.nan, 0.4, 1.0))  # nothing that isn't a number is written: JSON has no NaN
+    record = meter.record()
+    assert record["skipped_steps"] == 1 and record["learning_rate"] == 0.4 and not {"loss", "grad_norm"} & record.keys()
+    meter.add((5.0, 6.0, 0.5, 0.0))
+    clock.now += 1
+    assert meter.record()["skipped_steps"] == 0
 
 
 # Progress

@@ -160,7 +160,7 @@ def runs():
         mesh = mesh_of(count)
         state = run_once(mesh, lambda: init_state(CONFIG, UNET, OPTIMIZER))
         initial, states, metrics = jax.device_get(state), [], []
-        step = make_train_step(CONFIG, config_schedule(CONFIG), UNET, OPTIMIZER)
+        step = make_train_step(CONFIG, config_schedule(CONFIG), UNET, OPTIMIZER, mesh)
         train_step = jax.jit(step, compiler_options=QUICK)
         for stack in batches(CONFIG, IMAGES, mesh, range(3)):
             batch = jax.tree.map(lambda array: array[0], stack)
@@ -214,8 +214,8 @@ def test_a_batch_in_parts_on_several_devices_has_the_gradient_of_the_whole(count
 
     def gradient(parts, count):
         config = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, accumulate_steps=parts))
-        function = make_loss_and_grad(config, config_schedule(config), unet)
         mesh = mesh_of(count)
+        function = make_loss_and_grad(config, config_schedule(config), unet, mesh)
         batch = put(Batch(IMAGES.images[:16], IMAGES.labels[:16]), batch_sharding(mesh))
         return jax.jit(function, compiler_options=QUICK)(*put((jax.random.key(3), params), replicated(mesh)), batch)
 

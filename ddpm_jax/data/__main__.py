@@ -137,4 +137,4 @@ def _label_rows(config: Config, image_set: ImageSet, labels: np.ndarray | None) 
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, joins=False)

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from ddpm_jax.data.records import JOURNAL, MANIFEST, Manifest, StoredFile
 from ddpm_jax.errors import InputError
+from ddpm_jax.files import sync
 
 OWN_NAMES = re.compile(r"\.?(shard-\d{5}-of-\d{5}\.array_record|manifest\.json|labels\.npy)(\.partial)?|preparation\.jsonl")
 
@@ -98,17 +99,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def take_name(partial: Path, path: Path) -> None:
     """Give a file its name once its bytes are on the disk, and see to it that the name is."""
-    _sync(partial)
+    sync(partial)
     partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def remove(path: Path) -> None:

@@ -5,8 +5,10 @@ Every batch that is scored becomes a line of a JSON-lines file:
     {"key": ..., "start": 0, "stop": 64, "images": ..., "bits_per_dim": [64 numbers], "terms": [sums over the 64 images]}
 
 "key" stands for the weights, the process and the settings, "images" for the bytes of images start ... stop - 1. A line whose
-key and images are those of a later call is not computed again; so a killed run goes on, and parts add up to the whole. The
-randomness of image i is fold_in(fold_in(key(seed), SCORING), i), whatever the batch and the devices.
+key and images are those of a later call is not computed again; so a killed run goes on, and parts add up to the whole. Of
+several processes each scores its share into a file of its own, the first into FILE.jsonl, the next into FILE.1.jsonl and so
+on; all of them are read. The randomness of image i is fold_in(fold_in(key(seed), SCORING), i), whatever the batch and the
+devices.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +34,9 @@ from ddpm_jax.errors import InputError
 from ddpm_jax.inference import Model, make_network
 from ddpm_jax.metrics import sample_progress
 from ddpm_jax.models import bind
-from ddpm_jax.parallel import batch_sharding, compile_for, put, replicated, round_up
+from ddpm_jax.parallel import batch_sharding, compile_for, put, replicated
+from ddpm_jax.processes import is_first, wait_for_all
+from ddpm_jax.ranges import Range, batches, gaps, one_behind, rows_of_range
 from ddpm_jax.training.step import to_float
 from ddpm_jax.validation import config_schedule
 
@@ -72,12 +76,13 @@ def evaluate_bits_per_dim(
     Args:
         model: a trained model; a class-conditional one is asked for log p(image | its label).
         image_set: uint8 images of the model's shape.
-        path: the JSON-lines file of what is scored already; made where there is none.
+        path: the JSON-lines file of what is scored already; made where there is none. All processes must call this, with
+            the same path on one file system.
         scoring: what is computed.
         first_image: where to begin.
         num_images: how many; None: up to the last one.
-        batch_size: images scored at once, rounded up to fill the devices; config.sample's if not given. It changes the
-            numbers by rounding alone.
+        batch_size: images that each device scores at once; config.sample's if not given. It changes the numbers by rounding
+            alone.
 
     Returns:
         {"bits_per_dim", "standard_error"} and, of the variational bound, {"L_T", "L_0", "L_t": [L_1, ..., L_{T-1}]}, the means
@@ -89,27 +94,22 @@ def evaluate_bits_per_dim(
     last = len(image_set.images) if num_images is None else first_image + num_images
     batch_size = model.config.sample.batch_size if batch_size is None else batch_size
     _check(model, image_set, scoring, first_image, last, batch_size)
-    batch_size = round_up(batch_size, model.mesh)
+    rows = rows_of_range(batch_size, last - first_image, model.mesh.size * jax.process_count())
     if model.config.model.num_classes is None:
         image_set = dataclasses.replace(image_set, labels=None)
     key = _key(model, scoring)
-    stored = _stored_ranges(path, key, image_set, first_image, last)
-    todo = [(start, stop) for start, stop, record in _ranges(stored, first_image, last, batch_size) if record is None]
+    stored = _stored_records(path, key, image_set, first_image, last)
+    wait_for_all("what is scored already is read")  # before the first record is written
+    todo = gaps({start: record["stop"] for start, record in stored.items()}, first_image, last, rows)
     missing = sum(stop - start for start, stop in todo)
-    if missing < last - first_image:
+    if missing < last - first_image and is_first():
         logger.info("%s holds %d of the %d images already", path, last - first_image - missing, last - first_image)
     if todo:
-        with path.open("a") as file, sample_progress(missing) as on_batch:
-            if file.tell() and not path.read_bytes().endswith(b"\n"):  # the last line of a killed run
-                file.write("\n")
-            done = 0
-            for record in _score(model, image_set, scoring, todo, batch_size):
-                file.write(json.dumps({"key": key} | record) + "\n")
-                file.flush()
-                stored[record["start"]] = record
-                done += record["stop"] - record["start"]
-                on_batch(done)
-    return _summary(scoring.metric, [record for *_, record in _ranges(stored, first_image, last, batch_size) if record])
+        stored |= _score_missing(model, image_set, path, key, scoring, todo, rows)
+        wait_for_all("all images are scored")
+    if jax.process_count() > 1:
+        stored = _stored_records(path, key, image_set, first_image, last)
+    return _summary(scoring.metric, [stored[start] for start in sorted(stored)])
 
 
 def make_score(config: Config, mesh: Mesh, scoring: Scoring) -> ScoreFn:
@@ -133,28 +133,48 @@ def make_score(config: Config, mesh: Mesh, scoring: Scoring) -> ScoreFn:
     return compile_for(mesh, score)
 
 
+def _score_missing(
+    model: Model, image_set: ImageSet, path: Path, key: str, scoring: Scoring, todo: list[Range], rows: int
+) -> dict[int, dict[str, Any]]:
+    """Score this process's share of the ranges into its file; the records by start. Its progress stands for that of all."""
+    index, count = jax.process_index(), jax.process_count()
+    own = path if index == 0 else path.with_name(f"{path.stem}.{index}{path.suffix}")
+    missing, done = sum(stop - start for start, stop in todo), 0
+    records: dict[int, dict[str, Any]] = {}
+    with own.open("a") as file, sample_progress(missing) as on_batch:
+        if file.tell() and not own.read_bytes().endswith(b"\n"):  # the last line of a killed run
+            file.write("\n")
+        for batch in _score(model, image_set, scoring, todo[index::count], rows):
+            file.writelines(json.dumps({"key": key} | record) + "\n" for record in batch)
+            file.flush()
+            records |= {record["start"]: record for record in batch}
+            done += sum(record["stop"] - record["start"] for record in batch)
+            if is_first():
+                on_batch(min(missing, done * count))
+    return records
+
+
 def _score(
-    model: Model, image_set: ImageSet, scoring: Scoring, todo: list[tuple[int, int]], size: int
-) -> Iterator[dict[str, Any]]:
-    """The record of each range; each is filled up to `size` images, so that all of them run one program."""
+    model: Model, image_set: ImageSet, scoring: Scoring, ranges: list[Range], rows: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The records of the ranges of at most `rows` images, a batch of ranges at a time, one for each device."""
     score, split = make_score(model.config, model.mesh, scoring), batch_sharding(model.mesh)
     seed = put(np.uint32(scoring.seed), replicated(model.mesh))
-    pending: tuple[int, int, Float[Array, "B K"]] | None = None
-    for start, stop in todo:
-        indices = np.minimum(np.arange(start, start + size), stop - 1)
-        images = put(image_set.images[indices], split)
-        labels = None if image_set.labels is None else put(image_set.labels[indices], split)
-        keys = _image_keys(seed, put(indices.astype(np.uint32), split))
-        scores = score(model.params, keys, images, labels)
-        if pending is not None:  # fetched while the devices work on the next range
-            yield _record(image_set, *pending)
-        pending = start, stop, scores
-    if pending is not None:
-        yield _record(image_set, *pending)
+
+    def scored() -> Iterator[tuple[Sequence[Range], Float[Array, "B K"]]]:
+        for batch, numbers in batches(ranges, rows, model.mesh.size):
+            images = put(image_set.images[numbers], split)
+            labels = None if image_set.labels is None else put(image_set.labels[numbers], split)
+            keys = _image_keys(seed, put(numbers.astype(np.uint32), split))
+            yield batch, score(model.params, keys, images, labels)
+
+    for batch, scores in one_behind(scored()):
+        host = jax.device_get(scores)
+        yield [_record(image_set, start, stop, host[place * rows :]) for place, (start, stop) in enumerate(batch)]
 
 
-def _record(image_set: ImageSet, start: int, stop: int, scores: Float[Array, "B K"]) -> dict[str, Any]:
-    terms = np.asarray(jax.device_get(scores), np.float64)[: stop - start]
+def _record(image_set: ImageSet, start: int, stop: int, scores: Float[np.ndarray, "R K"]) -> dict[str, Any]:
+    terms = scores[: stop - start].astype(np.float64)
     totals = terms.sum(axis=1)
     if not np.isfinite(totals).all():
         bad = int(np.argmin(np.isfinite(totals)))
@@ -163,35 +183,34 @@ def _record(image_set: ImageSet, start: int, stop: int, scores: Float[Array, "B 
     return where | {"bits_per_dim": totals.tolist(), "terms": terms.sum(axis=0).tolist()}
 
 
-def _ranges(
-    stored: Mapping[int, dict[str, Any]], first: int, last: int, batch_size: int
-) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
-    """(start, stop, record) that fill first ... last: stored records, and between them None for at most batch_size images."""
-    position = first
-    while position < last:
-        record = stored.get(position)
-        free = min([position + batch_size, last, *(start for start in stored if start > position)])
-        stop = free if record is None else record["stop"]
-        yield position, stop, record
-        position = stop
-
-
-def _stored_ranges(path: Path, key: str, image_set: ImageSet, first: int, last: int) -> dict[int, dict[str, Any]]:
-    """The file's records of this key and these images within first ... last, by start, the longest of each.
+def _stored_records(path: Path, key: str, image_set: ImageSet, first: int, last: int) -> dict[int, dict[str, Any]]:
+    """All files' records of this key and these images within first ... last, by start, the longest of each, none overlapping.
 
     Torn lines are skipped.
     """
     records: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-            start, stop = record["start"], record["stop"]
-            usable = record["key"] == key and first <= start < stop <= last and len(record["bits_per_dim"]) == stop - start
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        if usable and (start not in records or records[start]["stop"] < stop):
-            records[start] = record
-    return {s: r for s, r in records.items() if r["images"] == _digest(*_arrays(image_set, s, r["stop"]))}
+    for file in [path, *sorted(path.parent.glob(f"{path.stem}.*[0-9]{path.suffix}"))]:
+        for line in file.read_text().splitlines() if file.exists() else ():
+            record = _usable_record(line, key, first, last)
+            if record and (record["start"] not in records or records[record["start"]]["stop"] < record["stop"]):
+                records[record["start"]] = record
+    fitting = {s: r for s, r in records.items() if r["images"] == _digest(*_arrays(image_set, s, r["stop"]))}
+    chosen: dict[int, dict[str, Any]] = {}
+    position = first
+    for start in sorted(fitting):
+        if start >= position:
+            chosen[start], position = fitting[start], fitting[start]["stop"]
+    return chosen
+
+
+def _usable_record(line: str, key: str, first: int, last: int) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        start, stop = record["start"], record["stop"]
+        usable = record["key"] == key and first <= start < stop <= last and len(record["bits_per_dim"]) == stop - start
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return record if usable else None
 
 
 def _summary(metric: str, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -208,13 +227,10 @@ def _summary(metric: str, records: list[dict[str, Any]]) -> dict[str, Any]:
 def _key(model: Model, scoring: Scoring) -> str:
     """A short hash of all that decides an image's number, but for the image."""
     decisive = {name: value for name, value in to_json(model.config).items() if name.startswith(("diffusion.", "model."))}
-    weights = hashlib.sha256()
-    for place, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(model.params)):
-        weights.update(jax.tree_util.keystr(place).encode() + np.ascontiguousarray(leaf).tobytes())
     settings = dataclasses.asdict(scoring)
     if scoring.metric == "bpd":
         settings = {"metric": scoring.metric, "seed": scoring.seed}
-    text = json.dumps([FORMAT, decisive, settings, weights.hexdigest()], sort_keys=True)
+    text = json.dumps([FORMAT, decisive, settings, model.fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ddpm_jax.models.attention import attention_cpu
 from ddpm_jax.models.convolution import Padding, conv_general_dilated_cpu
@@ -84,6 +84,39 @@ class GroupNorm(nn.Module):
         return nn.silu(norm(x)) if self.silu else norm(x)
 
 
+class Dropout(nn.Module):
+    """Each value 0 with probability `rate`, and otherwise divided by 1 - rate; the rate is rounded to a multiple of 2^-16."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B *rest"], deterministic: bool, rows: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B *rest"]:
+        """x with some values dropped, unless deterministic; rows: see `keep_mask`, by default 0 ... B - 1."""
+        dropped = min(round(self.rate * 2**16), 2**16 - 1)
+        if deterministic or not dropped:
+            return x
+        rows = jnp.arange(x.shape[0]) if rows is None else rows
+        keep = keep_mask(self.make_rng("dropout"), rows, x.shape[1:], dropped)
+        return jnp.where(keep, x * (2**16 / (2**16 - dropped)), jnp.zeros_like(x))
+
+
+def keep_mask(key: Key[Array, ""], rows: Int[Array, " B"], shape: tuple[int, ...], dropped: int) -> Bool[Array, "B *rest"]:
+    """True with probability 1 - dropped / 2^16, independently; the mask of a row follows from fold_in(key, its number) alone.
+
+    So a batch has the same masks however it is split among devices or in time. 16 random bits decide on each value, half of
+    what a uniform float32 takes.
+    """
+    count = math.prod(shape)
+
+    def one(row: Int[Array, ""]) -> Bool[Array, " N"]:
+        pairs = jax.random.bits(jax.random.fold_in(key, row), (-(-count // 2),), jnp.uint32)
+        return jnp.concatenate([pairs & 0xFFFF, pairs >> 16])[:count] >= dropped
+
+    return jax.vmap(one)(rows).reshape(-1, *shape)
+
+
 class ResBlock(nn.Module):
     """norm - silu - conv (+ time) - norm (* and + time) - silu - dropout - conv, added to its input.
 
@@ -98,8 +131,14 @@ class ResBlock(nn.Module):
     style: Style = DDPM
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], deterministic: bool) -> Float[Array, "B H W F"]:
-        """The block's output, for time embedding temb; dropout is off where deterministic."""
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        temb: Float[Array, "B E"],
+        deterministic: bool,
+        rows: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B H W F"]:
+        """The block's output, for time embedding temb; dropout is off where deterministic, and tells images by their rows."""
         eps, modulated = self.style.norm_eps, self.style.scale_and_shift
         h = GroupNorm(self.num_groups, self.dtype, eps=eps, name="norm1")(x)
         h = conv3x3(self.features, self.dtype, name="conv1")(h)
@@ -110,7 +149,7 @@ class ResBlock(nn.Module):
             h = nn.silu((1 + scale) * norm2(h) + shift)
         else:
             h = norm2(h + time)
-        h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+        h = Dropout(self.dropout)(h, deterministic, rows)
         h = conv3x3(self.features, self.dtype, scale=self.style.zero, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = dense(self.features, self.dtype, name="shortcut")(x)

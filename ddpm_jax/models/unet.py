@@ -84,6 +84,7 @@ class UNet(nn.Module):
         t: Int[Array, " B"],
         labels: Int[Array, " B"] | None = None,
         train: bool = False,
+        rows: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B H W O"]:
         """The network's output, float32.
 
@@ -92,6 +93,8 @@ class UNet(nn.Module):
             t: timesteps.
             labels: class indices 0 ... num_classes - 1, num_classes to leave an image's class open, or None to leave all open.
             train: whether dropout is on; it needs rngs={"dropout": key}.
+            rows: numbers of the images, by which dropout tells them apart, where they are some of a larger batch; by default
+                0 ... B - 1.
 
         Raises:
             ValueError: a resolution that the levels can't divide, channels that the heads can't divide, or labels for a
@@ -105,7 +108,7 @@ class UNet(nn.Module):
 
         def res(h: Array, level: int, name: str) -> Array:
             features = self.channels * self.multipliers[level]
-            return res_block(features, self.dropout, self.num_groups, self.dtype, style, name=name)(h, temb, not train)
+            return res_block(features, self.dropout, self.num_groups, self.dtype, style, name=name)(h, temb, not train, rows)
 
         def attend(h: Array, name: str) -> Array:
             return attention(self.num_groups, self.dtype, self.heads(h.shape[-1]), style, name=name)(h)
@@ -213,12 +216,16 @@ def bind(
     params: PyTree,
     labels: Int[Array, " B"] | None = None,
     dropout_key: Key[Array, ""] | None = None,
+    rows: Int[Array, " B"] | None = None,
 ) -> Callable[[Float[Array, "B H W C"], Int[Array, " B"]], Float[Array, "B H W O"]]:
-    """The network with its weights and labels as a function (xt, t) -> output; with a dropout key, in training mode."""
+    """The network with its weights and labels as a function (xt, t) -> output.
+
+    With a dropout key it is in training mode, for the images of these numbers in the batch, by default 0 ... B - 1.
+    """
 
     def network_fn(xt: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Float[Array, "B H W O"]:
         if dropout_key is None:
             return cast(Array, unet.apply({"params": params}, xt, t, labels))
-        return cast(Array, unet.apply({"params": params}, xt, t, labels, train=True, rngs={"dropout": dropout_key}))
+        return cast(Array, unet.apply({"params": params}, xt, t, labels, True, rows, rngs={"dropout": dropout_key}))
 
     return network_fn

@@ -3,55 +3,63 @@
 import functools
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddpm_jax.checkpoint import (
-    Checkpointer,
-    abstract_like,
-    check_run_folder,
-    newest_step,
-    open_checkpoints,
-    restore_newest,
-    save,
-    write_config,
-)
+from ddpm_jax.checkpoint import abstract_like, check_run_folder, newest_step, restore_newest, write_config
 from ddpm_jax.config import Config, TrainConfig, flatten, override
 from ddpm_jax.data import ImageSet, batches, load_images
 from ddpm_jax.data.pipeline import check_sampling
+from ddpm_jax.endings import last_words
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images, make_network
+from ddpm_jax.lock import locked
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss
 from ddpm_jax.models import make_unet, num_params
-from ddpm_jax.parallel import check_batch_size, compile_at_first_call, compile_for, make_mesh, put, replicated, run_once
+from ddpm_jax.parallel import (
+    check_batch_size,
+    compile_at_first_call,
+    compile_for,
+    make_mesh,
+    put,
+    replicated,
+    run_once,
+    weights_here,
+)
+from ddpm_jax.processes import check_same, check_shared, is_first
+from ddpm_jax.saving import Checkpoints
 from ddpm_jax.snapshots import save_snapshot, snapshot_due
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import TrainState, init_state, state_shardings
 from ddpm_jax.training.step import Metrics, make_train_step, make_train_steps
+from ddpm_jax.training.stopping import stop_signals
 from ddpm_jax.validation import config_schedule
 
 logger = logging.getLogger("ddpm_jax")
+
+MAX_SKIPPED = 100  # steps in a row; one bad batch or an overflow passes, weights that give no numbers don't come back
 
 
 def train(config: Config, workdir: str | Path) -> TrainState:
     """Train until train.num_steps, or go on from the newest checkpoint in workdir; return the last state.
 
     SIGTERM and Ctrl-C save a checkpoint and end the call. Everything is written below workdir: config.json,
-    metrics.jsonl, events.*, checkpoints/, snapshots/, samples/ and loss.png.
+    metrics.jsonl, events.*, checkpoints/, snapshots/, samples/ and loss.png. All processes of a run call it with the same
+    config and a folder that they share; the first one writes all but its parts of the checkpoints and snapshots.
 
     Raises:
         InputError: a config, data or run folder that can't be used.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; with train.non_finite = "skip", MAX_SKIPPED times
+            in a row.
+        StorageHangError: reading or writing a checkpoint has taken longer than train.storage_timeout.
     """
     workdir = Path(workdir)
     config = override(config, flatten(config))  # checks types and ranges of a config made in Python
@@ -61,53 +69,65 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     config = fit_to_data(config, image_set)
     mesh = make_mesh(fsdp=config.train.fsdp)
     check_batch_size(config.train.batch_size, mesh, config.optim.accumulate_steps)
+    check_shared(workdir)
+    with locked(workdir) if is_first() else nullcontext():
+        check_same(_facts(config, image_set, workdir))
+        return _train(config, workdir, image_set, mesh)
+
+
+def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> TrainState:
     check_run_folder(workdir, config)
 
     unet = make_network(config)
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     abstract = jax.eval_shape(lambda: init_state(config, unet, optimizer))
     shardings = state_shardings(mesh, abstract)
-    state = restore_newest(workdir, abstract_like(abstract, shardings))
+    state = restore_newest(workdir, abstract_like(abstract, shardings), config.train.storage_timeout)
     if state is None:
         state = run_once(mesh, lambda: init_state(config, unet, optimizer), shardings)
     start, total = int(state.step), config.train.num_steps
     if start > total:
         raise InputError(f"train.num_steps = {total}, but {workdir} has already made {start} steps")
-    write_config(workdir, config)
+    if is_first():
+        write_config(workdir, config)
+    last_words(f"another process of {workdir} was lost; the same command, in all of them, goes on from the newest checkpoint")
     _introduce(config, image_set, state, mesh)
     if start:
         logger.info("resuming %s from step %d", workdir, start)
 
-    train_step = make_train_step(config, config_schedule(config), unet, optimizer)
+    train_step = make_train_step(config, config_schedule(config), unet, optimizer, mesh)
     train_steps = make_train_steps(train_step, config.train.steps_per_dispatch)
     out_shardings = (shardings, replicated(mesh))
     train_steps = compile_at_first_call(compile_for(mesh, train_steps, donate_argnums=0, out_shardings=out_shardings))
     spans = functools.partial(dispatches, config.train, start)
     with (
-        _stop_signals() as stop,
-        open_checkpoints(workdir, config) as checkpoints,
+        stop_signals() as stop,
+        Checkpoints(workdir, config) as checkpoints,
         _Recorder(config, workdir, start, mesh, checkpoints) as recorder,
         closing(batches(config, image_set, mesh, (span.start for span in spans()))) as stream,
     ):
         pending: tuple[range, Metrics] | None = None
         step = start
-        for steps in spans():
+        for number, steps in enumerate(spans()):
             with recorder.waiting():
                 batch = next(stream)
             state, metrics = train_steps(state, batch, put(np.int32(len(steps)), replicated(mesh)))
             if pending is not None:  # one dispatch behind, so that the devices never wait for the host
                 recorder.take(*pending)
             pending, step = (steps, metrics), steps.stop
-            last = step == total or stop.is_set()
+            checkpoints.check()
+            stopping = stop.after(number)
+            last = step == total or stopping
             checkpoint_due = last or step % config.train.checkpoint_every_steps == 0
             if checkpoint_due or snapshot_due(config.train, step):
                 recorder.take(*pending)
                 pending = None
             if snapshot_due(config.train, step):
+                checkpoints.wait()  # Orbax confuses what two saves at once are waiting for
                 save_snapshot(workdir, state, step, config)
             if checkpoint_due:
-                save(checkpoints, state, step, config)
-            if recorder.preview_due(step) and not stop.is_set():
+                checkpoints.save(state, step)
+            if recorder.preview_due(step) and not stopping:
                 recorder.preview(step, state)
             if last:
                 break
@@ -115,7 +135,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     if step < total:
         logger.info("stopped at step %d of %d and saved; the same command goes on from there", step, total)
     else:
-        plot_loss(workdir)
+        if is_first():
+            plot_loss(workdir)
         logger.info("trained %d steps; next: python sample.py --ckpt %s", total, workdir)
     return state
 
@@ -159,27 +180,34 @@ def fit_to_data(config: Config, image_set: ImageSet) -> Config:
 class _Recorder:
     """What a run writes besides checkpoints: metrics, progress, previews."""
 
-    def __init__(self, config: Config, workdir: Path, start: int, mesh: Mesh, checkpoints: Checkpointer) -> None:
+    def __init__(self, config: Config, workdir: Path, start: int, mesh: Mesh, checkpoints: Checkpoints) -> None:
         self._config, self._workdir, self._mesh, self._checkpoints = config, workdir, mesh, checkpoints
-        self._writer = MetricsWriter(workdir)
+        self._writer = MetricsWriter(workdir, start) if is_first() else None
         self._progress = TrainProgress(start, config.train.num_steps, config.train.batch_size)
-        self._meter = Meter(config.train.batch_size)
+        self._meter = Meter(config.train.batch_size, counts_skipped=config.train.non_finite == "skip")
+        self._skipped_in_a_row = 0
 
     def __enter__(self) -> "_Recorder":
-        self._progress.__enter__()
+        if self._writer is not None:
+            self._progress.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.__exit__(None, None, None)
-        self._writer.close()
+        if self._writer is not None:
+            self._progress.__exit__(None, None, None)
+            self._writer.close()
 
     def take(self, steps: range, metrics: Metrics) -> None:
         """Read the metrics of steps, counted from 0, and write the record that is due. Raises NonFiniteLossError."""
         values = jax.device_get(metrics)
         rows = list(zip(*(value[: len(steps)].tolist() for value in values), strict=True))
-        for number, (loss, grad_norm, _) in enumerate(rows, steps.start + 1):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        for number, (loss, grad_norm, _, skipped) in enumerate(rows, steps.start + 1):
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+            if not finite and (not skipped or self._skipped_in_a_row == MAX_SKIPPED):
                 raise NonFiniteLossError(self._diverged(number, loss, grad_norm))
+        if self._writer is None:  # the first process writes
+            return
         self._meter.add(*rows)
         step = steps.stop
         self._progress.advance(step)
@@ -203,7 +231,10 @@ class _Recorder:
     def preview(self, step: int, state: TrainState) -> None:
         """Write samples/STEP.png: images of the averaged weights from the same noise every time."""
         began = time.perf_counter()
-        images = draw_images(self._config, self._mesh, state.ema, self._config.seed, self._config.train.preview_images)
+        mesh, ema = weights_here(self._mesh, state.ema)
+        if self._writer is None:
+            return
+        images = draw_images(self._config, mesh, ema, self._config.seed, self._config.train.preview_images)
         save_grid(self._workdir / "samples" / f"{step:08d}.png", images)
         self._meter.exclude(time.perf_counter() - began)
 
@@ -212,9 +243,18 @@ class _Recorder:
         newest = newest_step(self._workdir)
         folder = self._workdir / "checkpoints"
         good = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {folder / str(newest)}"
+        count = self._skipped_in_a_row
+        times = f", the {count}th step in a row to be skipped" if self._config.train.non_finite == "skip" else ""
         what = f"the loss is {loss}, the gradient's norm {grad_norm},"
         advice = "try a lower optim.learning-rate or a longer optim.warmup-steps in another --workdir"
-        return f"{what} at step {step}; {good}; {advice}"
+        return f"{what} at step {step}{times}; {good}; {advice}"
+
+
+def _facts(config: Config, image_set: ImageSet, workdir: Path) -> dict[str, Any]:
+    """What must be the same in all processes."""
+    settings = {name: value for name, value in flatten(config).items() if name != "data.num_workers"}
+    images = {"images": len(image_set.images), "image shape": image_set.image_shape, "checkpoint": newest_step(workdir)}
+    return images | settings
 
 
 def _introduce(config: Config, image_set: ImageSet, state: TrainState, mesh: Mesh) -> None:
@@ -224,25 +264,3 @@ def _introduce(config: Config, image_set: ImageSet, state: TrainState, mesh: Mes
         config.data.source, count, height, width, channels, num_params(state.params), mesh.size,
         mesh.devices.flat[0].platform, "s" if mesh.size > 1 else "",
     )  # fmt: skip
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once. Outside the main thread, only the event."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        logger.info("%s: stopping after this step", signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

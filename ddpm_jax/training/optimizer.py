@@ -1,6 +1,11 @@
 """The optimiser: learning rate schedule, global-norm clipping, Adam."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, PyTree
 
 from ddpm_jax.config import OptimConfig
 
@@ -15,12 +20,27 @@ def make_learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
     """Clip the gradient's global norm, then Adam (or AdamW), as Ho et al. (2020), appendix B."""
     learning_rate = make_learning_rate(config, num_steps)
     if config.optimizer == "adamw":
         adam = optax.adamw(learning_rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     else:
         adam = optax.adam(learning_rate, config.b1, config.b2, config.eps)
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = optax.identity() if config.clip_norm is None else clip_by_norm(config.clip_norm)
     return optax.chain(clip, adam)
+
+
+def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Scale a gradient g whose norm exceeds max_norm down to it: g max_norm / |g|.
+
+    The norm may be given, `update(..., norm=norm)`, where it is known already.
+    """
+
+    def update(
+        grads: PyTree, state: PyTree, params: PyTree = None, *, norm: Float[Array, ""] | None = None, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        norm = optax.tree.norm(grads) if norm is None else norm
+        return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -1,11 +1,17 @@
-"""One training step as a pure function: noise, loss, gradient, update, moving average (Algorithm 1 of Ho et al. 2020)."""
+"""One training step as a pure function: noise, loss, gradient, update, moving average (Algorithm 1 of Ho et al. 2020).
+
+All that is random is a function of the step and of the position in the global batch. Each device draws for its own images,
+works out its share of the loss and of the gradient with whole weights, which it gathers from the pieces of "fsdp" as they are
+needed, and updates its pieces of the state. Devices are heard of once in a step: in the sum of the gradients.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from ddpm_jax.config import Config
@@ -15,6 +21,18 @@ from ddpm_jax.diffusion.process import NetworkFn
 from ddpm_jax.diffusion.schedule import Schedule
 from ddpm_jax.diffusion.timesteps import LossHistory, draw_by_loss, draw_timesteps, record_losses
 from ddpm_jax.models import UNet, bind
+from ddpm_jax.parallel import (
+    BATCH_AXES,
+    batch_sharding,
+    free_gathered,
+    gather,
+    on_each_device,
+    reduce_gradients,
+    replicated,
+    split_specs,
+    sum_over,
+    tree_norm,
+)
 from ddpm_jax.training.ema import ema_decay, ema_update, update_averages
 from ddpm_jax.training.optimizer import make_learning_rate
 from ddpm_jax.training.state import TrainState
@@ -26,6 +44,22 @@ class Metrics(NamedTuple):
     loss: Float[Array, "*K"]
     grad_norm: Float[Array, "*K"]
     learning_rate: Float[Array, "*K"]
+    """Of this step, were no update before it skipped."""
+    skipped: Float[Array, "*K"]
+    """1 where loss or gradient were not finite and the update was left out, otherwise 0."""
+
+
+class Examples(NamedTuple):
+    """What a step learns from, and all that is random in it but dropout; the rows are those of the batch, or of a part."""
+
+    x0: Float[Array, "*B H W C"]
+    labels: Int[Array, "*B"] | None
+    t: Int[Array, "*B"]
+    eps: Float[Array, "*B H W C"]
+    weight: Float[Array, "*B"] | None
+    """Of each loss, where t is drawn by importance."""
+    rows: Int[Array, "*B"]
+    """Numbers of the images in the batch, by which dropout tells them apart."""
 
 
 LossFn = Callable[[NetworkFn, Float[Array, "B H W C"], Int[Array, " B"], Float[Array, "B H W C"]], Float[Array, " B"]]
@@ -37,21 +71,31 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 TrainSteps = Callable[[TrainState, Batch, Int[Array, ""]], tuple[TrainState, Metrics]]
 
 
-def make_train_step(config: Config, schedule: Schedule, unet: UNet, optimizer: optax.GradientTransformation) -> TrainStep:
-    """The pure function (state, batch) -> (state, metrics); its randomness is fold_in(seed, state.step)."""
+def make_train_step(
+    config: Config, schedule: Schedule, unet: UNet, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> TrainStep:
+    """The pure function (state, batch) -> (state, metrics); its randomness is fold_in(seed, state.step).
+
+    With train.non_finite = "skip", a loss or gradient that is NaN or infinite leaves all of the state but the step as it was.
+    """
     learning_rate = make_learning_rate(config.optim, config.train.num_steps)
-    loss_and_grad = make_loss_and_grad(config, schedule, unet)
+    loss_and_grad = make_loss_and_grad(config, schedule, unet, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = step_key(config.seed, state.step)
         loss, grads, history = loss_and_grad(key, state.params, batch, state.loss_history)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        norm = tree_norm(mesh, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=norm)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step, config.optim.ema_decay, config.optim.ema_warmup)
         ema = ema_update(state.ema, params, decay)
         averages = update_averages(state.averages, params, state.step, config.optim)
-        metrics = Metrics(loss, optax.tree.norm(grads), jnp.asarray(learning_rate(state.step), jnp.float32))
-        return TrainState(state.step + 1, params, ema, opt_state, history, averages), metrics
+        new, skipped = TrainState(state.step + 1, params, ema, opt_state, history, averages), jnp.zeros(())
+        if config.train.non_finite == "skip":
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            new, skipped = kept._replace(step=state.step + 1), 1.0 - finite
+        return new, Metrics(loss, norm, jnp.asarray(learning_rate(state.step), jnp.float32), skipped)
 
     return train_step
 
@@ -92,53 +136,80 @@ def make_train_steps(train_step: TrainStep, max_count: int) -> TrainSteps:
     return train_steps
 
 
-def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet) -> LossAndGrad:
+def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mesh) -> LossAndGrad:
     """The function (key, params, batch, loss history = None) -> (loss, gradient, loss history after the batch).
 
-    Loss and gradient are means over the batch, in optim.accumulate_steps parts. Where there is a history, t is drawn by it.
+    Loss and gradient are means over the batch, in optim.accumulate_steps parts, float32 and summed between devices as such
+    whatever the network's compute dtype. The gradient is split as the weights are. Where there is a history, t is drawn by it.
     """
-    parts = config.optim.accumulate_steps
-    losses_of = make_loss(config, schedule)
-
-    def loss_fn(
-        params: PyTree, key: Key[Array, ""], images: Array, labels: Array | None, t: Array, eps: Array, share: Array | None
-    ) -> tuple[Array, Array]:
-        losses = losses_of(bind(unet, params, labels, dropout_key=key), images, t, eps)
-        return jnp.mean(losses if share is None else share * losses), losses
+    rows = PartitionSpec(BATCH_AXES)
 
     def loss_and_grad(
         key: Key[Array, ""], params: PyTree, batch: Batch, history: LossHistory | None = None
     ) -> tuple[Float[Array, ""], PyTree, LossHistory | None]:
-        flip_key, t_key, eps_key, dropout_key = split_step_key(key)
-        x0 = augment(config, flip_key, jnp.asarray(batch.images))
-        if config.diffusion.timesteps == "importance":
-            assert history is not None
-            t, share = draw_by_loss(t_key, history, x0.shape[0])
-        else:
-            t, share = draw_timesteps(t_key, x0.shape[0], schedule.num_steps, config.diffusion.timesteps), None
-        eps = jax.random.normal(eps_key, x0.shape)
-        labels = batch.labels
-        if labels is not None and config.model.num_classes is not None and config.diffusion.label_dropout:
-            key = jax.random.fold_in(key, LABELS)
-            labels = drop_labels(key, jnp.asarray(labels), config.diffusion.label_dropout, config.model.num_classes)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        if parts == 1:
-            (loss, losses), grads = grad_fn(params, dropout_key, x0, labels, t, eps, share)
-            return loss, grads, None if history is None else record_losses(history, t, losses)
-        pieces = jax.tree.map(lambda x: _split(x, parts), (x0, labels, t, eps, share))
-        keys = jax.random.split(dropout_key, parts)
-
-        def add(total: PyTree, piece: PyTree) -> tuple[PyTree, Array]:
-            part_key, arrays = piece
-            (loss, losses), grads = grad_fn(params, part_key, *arrays)
-            return jax.tree.map(jnp.add, total, (loss, grads)), losses
-
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        total, losses = jax.lax.scan(add, zero, (keys, pieces))
-        loss, grads = jax.tree.map(lambda x: x / parts, total)
-        return loss, grads, None if history is None else record_losses(history, t, _join(losses))
+        examples = draw_examples(config, schedule, key, batch, history)
+        examples = jax.lax.with_sharding_constraint(examples, batch_sharding(mesh))
+        specs = split_specs(mesh, params)
+        of_device = _make_device_gradient(config, schedule, unet, params, specs, len(batch.images))
+        arguments, results = (PartitionSpec(), specs, rows), (PartitionSpec(), specs, rows)
+        loss, grads, losses = on_each_device(mesh, of_device, arguments, results)(split_step_key(key).dropout, params, examples)
+        if history is not None:
+            t, losses = jax.lax.with_sharding_constraint((examples.t, losses), replicated(mesh))
+            history = record_losses(history, t, losses)
+        return loss, grads, history
 
     return loss_and_grad
+
+
+def _make_device_gradient(
+    config: Config, schedule: Schedule, unet: UNet, params: PyTree, specs: PyTree, batch_size: int
+) -> Callable[..., Any]:
+    """What each device does: (dropout key, its pieces of the weights, its examples) -> (loss, its pieces of the gradient,
+    loss of each of its images); loss and gradient are those of the whole batch.
+    """
+    parts = config.optim.accumulate_steps
+    losses_of = make_loss(config, schedule)
+
+    def loss_fn(pieces: PyTree, key: Key[Array, ""], examples: Examples) -> tuple[Array, Array]:
+        x0, labels, t, eps, weight, rows = examples
+        losses = losses_of(bind(unet, gather(pieces, specs), labels, key, rows), x0, t, eps)
+        return jnp.sum(losses if weight is None else weight * losses) / batch_size, losses
+
+    grad_fn = jax.value_and_grad(free_gathered(loss_fn, params, specs), has_aux=True)
+
+    def of_device(key: Key[Array, ""], pieces: PyTree, examples: Examples) -> tuple[Array, PyTree, Array]:
+        if parts == 1:
+            (loss, losses), grads = grad_fn(pieces, key, examples)
+        else:
+
+            def add(total: PyTree, part: Examples) -> tuple[PyTree, Array]:
+                (loss, losses), grads = grad_fn(pieces, key, part)
+                return jax.tree.map(jnp.add, total, (loss, grads)), losses
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, pieces))
+            (loss, grads), losses = jax.lax.scan(add, zero, jax.tree.map(lambda x: _split(x, parts), examples))
+            losses = _join(losses)
+        return sum_over(BATCH_AXES, loss), reduce_gradients(grads, specs), losses
+
+    return of_device
+
+
+def draw_examples(
+    config: Config, schedule: Schedule, key: Key[Array, ""], batch: Batch, history: LossHistory | None = None
+) -> Examples:
+    """What a step with this key learns from; each row by its position in the batch, so that a device draws its own alone."""
+    keys, size = split_step_key(key), len(batch.images)
+    x0 = augment(config, keys.flip, jnp.asarray(batch.images))
+    if config.diffusion.timesteps == "importance":
+        assert history is not None
+        t, weight = draw_by_loss(keys.t, history, size)
+    else:
+        t, weight = draw_timesteps(keys.t, size, schedule.num_steps, config.diffusion.timesteps), None
+    eps = jax.random.normal(keys.eps, x0.shape)
+    labels = None if batch.labels is None else jnp.asarray(batch.labels)
+    if labels is not None and config.model.num_classes is not None and config.diffusion.label_dropout:
+        labels = drop_labels(jax.random.fold_in(key, LABELS), labels, config.diffusion.label_dropout, config.model.num_classes)
+    return Examples(x0, labels, t, eps, weight, jnp.arange(size))
 
 
 def make_loss(config: Config, schedule: Schedule) -> LossFn:

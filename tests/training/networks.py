@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ddpm_jax.models import UNet
+from ddpm_jax.models.layers import Dropout
 
 
 class OnePicture(UNet):
@@ -13,22 +14,22 @@ class OnePicture(UNet):
     """
 
     @nn.compact
-    def __call__(self, xt, t, labels=None, train=False):
+    def __call__(self, xt, t, labels=None, train=False, rows=None):
         picture = self.param("picture", nn.initializers.zeros, (*xt.shape[1:-1], self.out_channels))
         output = jnp.broadcast_to(1.0 * picture, (len(xt), *picture.shape))
-        return nn.Dropout(self.dropout)(output, deterministic=not train)
+        return Dropout(self.dropout)(output, not train, rows)
 
 
 class PixelNet(UNet):
     """A small network for each pixel alone, that hears of the time and the class."""
 
     @nn.compact
-    def __call__(self, xt, t, labels=None, train=False):
+    def __call__(self, xt, t, labels=None, train=False, rows=None):
         h = nn.Dense(16)(xt) + nn.Dense(16)(t[:, None].astype(jnp.float32) / 25 - 1)[:, None, None]
         if self.num_classes is not None:
             classes = nn.Embed(self.num_classes + 1, 16)(jnp.zeros_like(t) if labels is None else labels)
             h = h if labels is None else h + classes[:, None, None]
-        h = nn.Dropout(self.dropout)(nn.tanh(h), deterministic=not train)
+        h = Dropout(self.dropout)(nn.tanh(h), not train, rows)
         return nn.Dense(self.out_channels)(h)
 
 

@@ -214,7 +214,7 @@ def train(config, count, devices=1):
     mesh, unet = make_mesh(jax.devices()[:devices]), PixelNet(out_channels=1, dropout=config.model.dropout)
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = run_once(mesh, lambda: init_state(config, unet, optimizer))
-    train_step = make_train_step(config, config_schedule(config), unet, optimizer)
+    train_step = make_train_step(config, config_schedule(config), unet, optimizer, mesh)
     train_step = jax.jit(train_step, compiler_options={"xla_backend_optimization_level": 0})
     for step in range(count):
         images = np.random.default_rng(step).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)

@@ -13,10 +13,12 @@ from networks import OnePicture
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig
 from ddpm_jax.data.pipeline import Batch
 from ddpm_jax.models import UNet
+from ddpm_jax.parallel import make_mesh
 from ddpm_jax.training.step import drop_labels, make_loss_and_grad
 from ddpm_jax.validation import config_schedule
 
 P_VALUE = 1e-3
+ONE_DEVICE = make_mesh(jax.devices()[:1])
 CONFIG = Config(
     data=DataConfig(image_shape=(2, 2, 1)),
     diffusion=DiffusionConfig(num_steps=50, prediction="x0", label_dropout=0.3),
@@ -29,7 +31,7 @@ class ClassPictures(UNet):
     """A grey level for each class and one for the open class: d loss / d level_k of white images is -2 (share of label k)."""
 
     @nn.compact
-    def __call__(self, xt, t, labels=None, train=False):
+    def __call__(self, xt, t, labels=None, train=False, rows=None):
         levels = self.param("levels", nn.initializers.zeros, (self.num_classes + 1,))
         return jnp.broadcast_to(levels[labels][:, None, None, None], xt.shape)
 
@@ -38,7 +40,7 @@ def seen_labels(config, labels, key=0):
     """How many images of each label, the open class last, the network was trained on."""
     unet = ClassPictures(out_channels=1, num_classes=3)
     batch = Batch(jnp.ones((len(labels), 2, 2, 1), jnp.float32), jnp.asarray(labels, jnp.int32))
-    loss_and_grad = jax.jit(make_loss_and_grad(config, config_schedule(config), unet))
+    loss_and_grad = jax.jit(make_loss_and_grad(config, config_schedule(config), unet, ONE_DEVICE))
     _, grads, _ = loss_and_grad(jax.random.key(key), {"levels": jnp.zeros(4)}, batch)
     counts = -np.asarray(grads["levels"], np.float64) * len(labels) / 2
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)  # sums of 600 terms in float32
@@ -91,7 +93,7 @@ def test_all_other_randomness_is_the_same_with_and_without(num_classes):
         diffusion = dataclasses.replace(config.diffusion, prediction="eps", timesteps="stratified")
         model = dataclasses.replace(config.model, num_classes=num_classes)
         config = dataclasses.replace(config, diffusion=diffusion, model=model, data=dataclasses.replace(config.data, flip=True))
-        loss_and_grad = jax.jit(make_loss_and_grad(config, config_schedule(config), unet))
+        loss_and_grad = jax.jit(make_loss_and_grad(config, config_schedule(config), unet, ONE_DEVICE))
         return loss_and_grad(jax.random.key(5), {"picture": jnp.ones((2, 2, 1))}, Batch(jnp.asarray(images), labels))
 
     jax.tree.map(np.testing.assert_array_equal, run(0.0), run(0.9))

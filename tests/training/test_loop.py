@@ -138,7 +138,7 @@ def checkpoints(workdir):
 def test_a_run_writes_its_folder(whole):
     assert int(whole.state.step) == 10
     names = {entry.name.partition(".out")[0] for entry in whole.workdir.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "events", "checkpoints", "samples", "loss.png"}
+    assert names == {"config.json", "metrics.jsonl", "events", "checkpoints", "samples", "loss.png", ".lock"}
     assert checkpoints(whole.workdir) == [8, 10]
     assert sorted(entry.name for entry in (whole.workdir / "samples").iterdir()) == [f"{n:08d}.png" for n in (4, 8, 10)]
     with Image.open(whole.workdir / "samples" / "00000010.png") as picture:

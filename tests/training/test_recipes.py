@@ -11,6 +11,7 @@ from ddpm_jax import load_config
 from ddpm_jax.data.pipeline import Batch
 from ddpm_jax.inference import make_network
 from ddpm_jax.models import init_params, num_params
+from ddpm_jax.parallel import make_mesh
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import init_state
 from ddpm_jax.training.step import make_train_step
@@ -38,7 +39,8 @@ def test_three_steps_of_a_shrunken_recipe(name):
     """Every value stays finite, and every weight has moved: those in front of two layers that start at zero move third."""
     config = recipe(name, SMALL | {"optim.warmup_steps": 0})
     unet, optimizer = make_network(config), make_optimizer(config.optim, config.train.num_steps)
-    step = jax.jit(make_train_step(config, config_schedule(config), unet, optimizer), compiler_options=FAST)
+    train_step = make_train_step(config, config_schedule(config), unet, optimizer, make_mesh(jax.devices()[:1]))
+    step = jax.jit(train_step, compiler_options=FAST)
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     state = first = jax.jit(lambda: init_state(config, unet, optimizer), compiler_options=FAST)()
     for _ in range(3):
