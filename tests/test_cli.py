@@ -144,9 +144,9 @@ def test_help_of_sample(capsys, monkeypatch):
 # Parsing
 
 
-def as_options(name, value):
+def as_options(name, value, hint):
     dashed = name.replace("_", "-")
-    if isinstance(value, bool):
+    if hint is bool:
         section, _, last = dashed.rpartition(".")
         return [f"--{dashed}" if value else f"--{section}.no-{last}"]
     return [f"--{dashed}", *map(str, value if isinstance(value, tuple) else [value])]
@@ -161,7 +161,7 @@ def test_every_field_can_be_overridden():
     before, types = flatten(Config()), field_types()
     values = {name: other_value(types[name], value) for name, value in before.items()}
     assert all(values[name] != before[name] for name in before)
-    parsed = parse(*(token for name, value in values.items() for token in as_options(name, value)))
+    parsed = parse(*(token for name, value in values.items() for token in as_options(name, value, types[name])))
     assert flatten(parsed.run) == values
     assert parsed.run == replace_fields(Config(), values)
     assert parse().run == Config()

@@ -19,7 +19,13 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 FIELDS = field_types()
 CAN_BE_NONE = {
     "data.image_shape",
+    "model.cos_first",
+    "model.frequency_shift",
+    "model.head_channels",
+    "model.norm_eps",
     "model.num_classes",
+    "model.pad_all_sides",
+    "model.scale_and_shift",
     "optim.clip_norm",
     "train.keep_every_steps",
     "train.preview_every_steps",
@@ -55,6 +61,12 @@ VALID = {
     "model.dropout": [0.0, 0.1],
     "model.num_classes": [None, 10],
     "model.style": ["ddpm", "improved"],
+    "model.middle_attention": [True, False],
+    "model.cos_first": [None, True, False],
+    "model.frequency_shift": [None, 0, 1],
+    "model.scale_and_shift": [None, True, False],
+    "model.pad_all_sides": [None, True, False],
+    "model.norm_eps": [None, 1e-5],
     "model.remat": [True, False],
     "model.dtype": ["float32", "bfloat16"],
     "optim.optimizer": ["adam", "adamw"],
@@ -215,6 +227,9 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "model.dropout": ([-1e-9, 1, 1.5], [0]),
     "model.num_groups": ([0], [1]),
     "model.num_heads": ([0, -1], [1]),
+    "model.head_channels": ([0, -1], [None, 1]),
+    "model.frequency_shift": ([-1, 64], [None, 0, 63]),
+    "model.norm_eps": ([0, -1e-5, math.inf], [None, 1e-12]),
     "model.num_classes": ([0], [1]),
     "model.space_to_depth": ([0], [1]),
     "optim.learning_rate": ([0, -1e-4], [1e-9]),
@@ -359,6 +374,11 @@ def test_heads_share_the_channels_of_every_level():
     values = {"model.channels": 6, "model.multipliers": (2, 1), "model.num_heads": 4}
     one_line_error(override, Config(), values, fragments=["model.num_heads = 4", "model.channels = 6", "[2, 1]"])
     override(Config(), values | {"model.multipliers": (2, 4)})
+
+
+def test_heads_are_given_by_their_number_or_by_their_channels():
+    values = {"model.head_channels": 8, "model.num_heads": 2}
+    one_line_error(override, Config(), values, fragments=["model.num_heads = 2", "model.head_channels = 8"])
 
 
 @pytest.mark.parametrize("name", ["missing.py", "."])

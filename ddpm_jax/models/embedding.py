@@ -1,4 +1,4 @@
-"""The sinusoidal embedding of the timestep (Vaswani et al. 2017, section 3.5), in the two layouts of the DDPM papers."""
+"""The sinusoidal embedding of the timestep (Vaswani et al. 2017, section 3.5), in the layouts of the DDPM papers."""
 
 import math
 
@@ -9,36 +9,22 @@ from jaxtyping import Array, Float, Num
 MAX_PERIOD = 10_000
 
 
-def sinusoidal_embedding(t: Num[Array, " B"], dim: int) -> Float[Array, "B dim"]:
-    """sin(t w_k) for k = 0 ... dim/2 - 1, then cos(t w_k), with w_k = 10000^(-k / (dim/2 - 1)). float32.
+def sinusoidal_embedding(
+    t: Num[Array, " B"], dim: int, cos_first: bool = False, frequency_shift: int = 1
+) -> Float[Array, "B dim"]:
+    """sin(t w_k) for k = 0 ... dim/2 - 1, then cos(t w_k), with w_k = 10000^(-k / (dim/2 - frequency_shift)). float32.
 
-    Ho et al. (2020). An odd dim ends in a zero.
-
-    Raises:
-        ValueError: dim < 4, where the frequencies are not defined.
-    """
-    angles = _angles(t, dim, dim // 2 - 1)
-    return _join(jnp.sin(angles), jnp.cos(angles), dim)
-
-
-def cosine_embedding(t: Num[Array, " B"], dim: int) -> Float[Array, "B dim"]:
-    """cos(t w_k) for k = 0 ... dim/2 - 1, then sin(t w_k), with w_k = 10000^(-k / (dim/2)). float32.
-
-    Nichol & Dhariwal (2021), in their code. An odd dim ends in a zero.
+    That is Ho et al.'s (2020), with a shift of 1; Nichol & Dhariwal (2021), in their code, have the cosines first and no
+    shift. An odd dim ends in a zero.
 
     Raises:
-        ValueError: dim < 4, as for the other layout.
+        ValueError: dim < 4, or a shift that leaves no frequencies.
     """
-    angles = _angles(t, dim, dim // 2)
-    return _join(jnp.cos(angles), jnp.sin(angles), dim)
-
-
-def _angles(t: Num[Array, " B"], dim: int, divisor: int) -> Float[Array, "B half"]:
-    if dim < 4:
-        raise ValueError(f"a timestep embedding needs 4 channels or more, not {dim}")
-    frequencies = np.exp(-math.log(MAX_PERIOD) * np.arange(dim // 2) / divisor).astype(np.float32)
-    return t.astype(jnp.float32)[:, None] * frequencies[None, :]
-
-
-def _join(first: Float[Array, "B half"], second: Float[Array, "B half"], dim: int) -> Float[Array, "B dim"]:
-    return jnp.pad(jnp.concatenate([first, second], axis=1), ((0, 0), (0, dim % 2)))
+    half = dim // 2
+    if dim < 4 or frequency_shift >= half:
+        least = max(4, 2 * frequency_shift + 2)
+        raise ValueError(f"a timestep embedding needs {least} channels or more, not {dim}")
+    frequencies = np.exp(-math.log(MAX_PERIOD) * np.arange(half) / (half - frequency_shift)).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    halves = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(halves[::-1] if cos_first else halves, axis=1), ((0, 0), (0, dim % 2)))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ddpm_jax.config import ModelConfig, ModelStyle
+from ddpm_jax.models.embedding import sinusoidal_embedding
 from ddpm_jax.models.layers import (
     Attention,
     GroupNorm,
@@ -22,7 +23,7 @@ from ddpm_jax.models.layers import (
     space_to_depth,
     upsample,
 )
-from ddpm_jax.models.styles import STYLES
+from ddpm_jax.models.styles import find_style
 
 
 class UNet(nn.Module):
@@ -42,9 +43,13 @@ class UNet(nn.Module):
     num_res_blocks: int = 2
     """Residual blocks of each level on the way down."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Heights of feature maps, in pixels, at which every block is followed by attention; the middle always has it."""
+    """Heights of feature maps, in pixels, at which every block is followed by attention."""
+    middle_attention: bool = True
+    """Whether the middle has attention, whatever its height."""
     num_heads: int = 1
     """Heads of each attention layer; they share its channels."""
+    head_channels: int | None = None
+    """Channels of each head, for a number of heads that follows from the layer's channels; None: num_heads everywhere."""
     dropout: float = 0.1
     """Dropout rate of the residual blocks, in training."""
     num_groups: int = 32
@@ -52,7 +57,17 @@ class UNet(nn.Module):
     num_classes: int | None = None
     """Number of class labels; None for an unconditional network."""
     style: ModelStyle = "ddpm"
-    """Whose network it is in its details, see `ddpm_jax.models.styles`."""
+    """Whose network it is in its details, see `ddpm_jax.models.styles`; the next five change single ones where not None."""
+    cos_first: bool | None = None
+    """Whether the embedding of t has its cosines in front of its sines."""
+    frequency_shift: int | None = None
+    """Taken from half its channels in the exponents of its frequencies."""
+    scale_and_shift: bool | None = None
+    """Whether time scales and shifts what a block's second norm gives, instead of being added in front of it."""
+    pad_all_sides: bool | None = None
+    """Whether convolutions of stride 2 pad on all sides, instead of on the right and at the bottom only."""
+    norm_eps: float | None = None
+    """GroupNorm's epsilon."""
     time_scale: float = 1.0
     """Factor on t in front of its embedding."""
     space_to_depth: int = 1
@@ -86,7 +101,7 @@ class UNet(nn.Module):
                 network without classes.
         """
         self.check_resolution(xt.shape[1], xt.shape[2])
-        style = STYLES[self.style]
+        style = find_style(self)
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention = nn.remat(Attention) if self.remat else Attention
         temb = self.embed(t, labels)
@@ -96,7 +111,7 @@ class UNet(nn.Module):
             return res_block(features, self.dropout, self.num_groups, self.dtype, style, name=name)(h, temb, not train, rows)
 
         def attend(h: Array, name: str) -> Array:
-            return attention(self.num_groups, self.dtype, self.num_heads, style, name=name)(h)
+            return attention(self.num_groups, self.dtype, self.heads(h.shape[-1]), style, name=name)(h)
 
         def block(h: Array, level: int, name: str) -> Array:
             h = res(h, level, name)
@@ -115,7 +130,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = res(h, last, "middle_block0")
-        h = attend(h, "middle_attention")
+        h = attend(h, "middle_attention") if self.middle_attention else h
         h = res(h, last, "middle_block1")
 
         for level in reversed(range(last + 1)):
@@ -131,7 +146,9 @@ class UNet(nn.Module):
     def embed(self, t: Int[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B E"]:
         """The embedding of timestep and class, E = 4 channels: dense - silu - dense, plus one row for each class."""
         width = 4 * self.channels
-        h = STYLES[self.style].embed_time(self.time_scale * t.astype(jnp.float32), self.channels).astype(self.dtype)
+        style = find_style(self)
+        time = self.time_scale * t.astype(jnp.float32)
+        h = sinusoidal_embedding(time, self.channels, style.cos_first, style.frequency_shift).astype(self.dtype)
         h = nn.silu(dense(width, self.dtype, name="time1")(h))
         h = dense(width, self.dtype, name="time2")(h)
         if self.num_classes is None:
@@ -144,14 +161,28 @@ class UNet(nn.Module):
         rows = table(jnp.minimum(labels, self.num_classes - 1)).astype(self.dtype)
         return h + jnp.where((labels < self.num_classes)[:, None], rows, jnp.zeros_like(rows))
 
+    def heads(self, channels: int) -> int:
+        """Heads of an attention layer with that many channels. Raises ValueError where head_channels doesn't divide them."""
+        if self.head_channels is None:
+            return self.num_heads
+        if channels % self.head_channels:
+            raise ValueError(
+                f"head_channels = {self.head_channels} doesn't divide the {channels} channels of an attention layer"
+            )
+        return channels // self.head_channels
+
     def check_resolution(self, height: int, width: int) -> None:
-        """Raise ValueError unless every level's resolution is whole."""
+        """Raise ValueError unless every level's resolution is whole, and so is every attention layer's number of heads."""
         divisor = self.space_to_depth * 2 ** (len(self.multipliers) - 1)
         if height % divisor or width % divisor:
             raise ValueError(
                 f"images of {height}x{width} pixels can't be halved {len(self.multipliers) - 1} times after "
                 f"space_to_depth = {self.space_to_depth}: use multiples of {divisor}, or fewer multipliers"
             )
+        for level, multiplier in enumerate(self.multipliers):
+            size, last = height // self.space_to_depth // 2**level, level == len(self.multipliers) - 1
+            if size in self.attention_resolutions or (last and self.middle_attention):
+                self.heads(self.channels * multiplier)
 
 
 def make_unet(config: ModelConfig, image_channels: int, learn_variance: bool = False, num_steps: int = 1000) -> UNet:
@@ -165,7 +196,7 @@ def make_unet(config: ModelConfig, image_channels: int, learn_variance: bool = F
     """
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields["dtype"] = jnp.dtype(config.dtype)
-    time_scale = 1000 / num_steps if STYLES[config.style].thousand_steps else 1.0
+    time_scale = 1000 / num_steps if find_style(config).thousand_steps else 1.0
     return UNet(out_channels=image_channels * (2 if learn_variance else 1), time_scale=time_scale, **fields)
 
 

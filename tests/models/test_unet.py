@@ -20,7 +20,7 @@ from reference import P_VALUE, assert_close
 from ddpm_jax import ModelConfig, UNet
 from ddpm_jax.config import ModelStyle
 from ddpm_jax.models import bind, init_params, layers, make_unet, num_params
-from ddpm_jax.models.embedding import cosine_embedding, sinusoidal_embedding
+from ddpm_jax.models.embedding import sinusoidal_embedding
 from ddpm_jax.models.layers import Attention, GroupNorm, ResBlock, depth_to_space, downsample, space_to_depth, upsample
 from ddpm_jax.models.styles import DDPM, IMPROVED, STYLES
 
@@ -198,6 +198,35 @@ def test_every_style_of_a_config_is_there():
     assert set(STYLES) == set(get_args(ModelStyle))
 
 
+def test_single_details_make_the_other_style_too():
+    """Names and shapes of the weights, and the numbers, are those of the style that has all of them."""
+    details = {"cos_first": True, "frequency_shift": 0, "scale_and_shift": True, "pad_all_sides": True, "norm_eps": 1e-5}
+    theirs = IMPROVED_UNET.clone(time_scale=1.0)
+    ours = theirs.clone(style="ddpm", **details)
+    params = random_params(shapes_of(theirs, SHAPE[1:]), seed=7)
+    assert jax.tree.map(jnp.shape, shapes_of(ours, SHAPE[1:])) == jax.tree.map(jnp.shape, params)
+    arguments = {"params": params}, jnp.asarray(images(4, SHAPE)), jnp.arange(SHAPE[0])
+    expected = theirs.apply(*arguments)
+    np.testing.assert_array_equal(ours.apply(*arguments), expected)
+    for name, value in details.items():
+        changed = ours.clone(**{name: 3e-2 if name == "norm_eps" else not value})
+        if name != "scale_and_shift":  # another number of weights
+            assert np.abs(changed.apply(*arguments) - expected).max() > 1e-3, name
+
+
+def test_heads_follow_from_their_channels():
+    unet = UNET.clone(head_channels=4)
+    assert [unet.heads(channels) for channels in (4, 16)] == [1, 4]
+    assert UNET.clone(num_heads=2).heads(16) == 2
+    with pytest.raises(ValueError, match="head_channels = 5 doesn't divide"):
+        unet.clone(head_channels=5).check_resolution(8, 8)
+
+
+def test_the_middle_may_be_without_attention():
+    shapes = shapes_of(UNET, SHAPE[1:])
+    assert shapes_of(UNET.clone(middle_attention=False), SHAPE[1:]).keys() == shapes.keys() - {"middle_attention"}
+
+
 @pytest.mark.parametrize("num_steps", [300, 1000, 4000])
 def test_an_improved_network_sees_a_thousand_steps(num_steps):
     unet = make_unet(IMPROVED_CIFAR10, 3, num_steps=num_steps)
@@ -220,15 +249,16 @@ def test_sinusoidal_embedding_equals_the_reference(dim, t):
 @given(st.integers(4, 70), st.lists(st.integers(0, 3999), min_size=3, max_size=3))
 def test_cosine_embedding_equals_the_reference(dim, steps):
     t = np.array(steps) / 4  # as with T = 4000; exact in float32
-    embedding = cosine_embedding(jnp.asarray(t, jnp.float32), dim)
+    embedding = sinusoidal_embedding(jnp.asarray(t, jnp.float32), dim, cos_first=True, frequency_shift=0)
     assert embedding.dtype == jnp.float32
     assert_close(embedding, unet_reference.cosine_embedding(t, dim), atol=1e-4)  # as above
 
 
-@pytest.mark.parametrize("embed", [sinusoidal_embedding, cosine_embedding])
-def test_a_time_embedding_is_not_too_narrow(embed):
-    with pytest.raises(ValueError, match="needs 4 channels or more, not 3"):
-        embed(jnp.zeros(1, jnp.int32), 3)
+@pytest.mark.parametrize(("dim", "shift", "least"), [(3, 0, 4), (3, 1, 4), (5, 2, 6)])
+def test_a_time_embedding_is_not_too_narrow(dim, shift, least):
+    with pytest.raises(ValueError, match=f"needs {least} channels or more, not {dim}"):
+        sinusoidal_embedding(jnp.zeros(1, jnp.int32), dim, frequency_shift=shift)
+    assert sinusoidal_embedding(jnp.ones(1, jnp.int32), least, frequency_shift=shift).shape == (1, least)
 
 
 # The pieces
