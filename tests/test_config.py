@@ -29,6 +29,7 @@ CAN_BE_NONE = {
     "optim.clip_norm",
     "train.keep_every_steps",
     "train.preview_every_steps",
+    "train.evaluate_every_steps",
     "train.snapshot_every_steps",
     "sample.num_steps",
     "sample.guidance_interval",
@@ -252,6 +253,9 @@ BOUNDS = {  # the nearest values outside the range, and those at its ends
     "train.keep_every_steps": ([0], [1]),
     "train.preview_every_steps": ([0], [1]),
     "train.preview_images": ([0], [1]),
+    "train.evaluate_every_steps": ([0], [1]),
+    "train.evaluate_images": ([0], [1]),
+    "train.evaluate_reference_images": ([0], [1]),
     "train.snapshot_every_steps": ([0], [1]),
     "sample.num_steps": ([0, -1, 1001], [1, 1000]),
     "sample.eta": ([-0.1, 1.1], [0, 1]),
@@ -430,6 +434,7 @@ HARMLESS = {name for name in FIELDS if name.startswith("sample.")} | {
     "train.log_every_steps",
     "train.checkpoint_every_steps", "train.keep_last",
     "train.keep_every_steps", "train.preview_every_steps", "train.preview_images", "train.snapshot_every_steps",
+    "train.evaluate_every_steps", "train.evaluate_metrics", "train.evaluate_images", "train.evaluate_reference_images",
 }  # fmt: skip
 
 
