@@ -32,13 +32,13 @@ from ddpm_jax.files import whole_file
 from ddpm_jax.images import save_pieces
 from ddpm_jax.inference import Model, draw_ranges
 from ddpm_jax.metrics import sample_progress
-from ddpm_jax.processes import is_first, wait_for_all
+from ddpm_jax.processes import check_shared, is_first, wait_for_all
 from ddpm_jax.ranges import Range, gaps, rows_of_range
 
 FORMAT = 1  # part of every description: to be raised by whoever changes what the images are
 DESCRIPTION = "drawing.json"
 PART_NAME = re.compile(r"(\d{8,})-(\d{8,})\.part")
-OWN_NAMES = re.compile(rf"\.?({PART_NAME.pattern}|{re.escape(DESCRIPTION)})(\.tmp)?")
+OWN_NAMES = re.compile(rf"\.?({PART_NAME.pattern}|{re.escape(DESCRIPTION)})(\.tmp)?|\.shared\.[0-9a-f]+")
 CHECKSUM_BYTES = 4
 
 logger = logging.getLogger("ddpm_jax")
@@ -152,6 +152,7 @@ class Parts:
 def _begun(parts: Parts) -> Iterator[None]:
     """The folder of the parts, made where it is absent, with its description; held by one drawing at a time."""
     path = parts.folder / DESCRIPTION
+    check_shared(parts.folder)
     parts.folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(parts.folder, os.O_RDONLY)
     try:
@@ -160,6 +161,8 @@ def _begun(parts: Parts) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"another process is drawing into {parts.folder}: wait for it, or stop it") from error
+            except OSError as error:  # a file system without locks
+                logger.warning("%s can't be locked (%s): let nothing else write there", parts.folder, error.strerror)
             if not path.exists():
                 parts.clear()  # what a kill has left of a drawing that was done
                 with whole_file(path) as file:
@@ -172,9 +175,7 @@ def _begun(parts: Parts) -> Iterator[None]:
 
 
 def _check_same(path: Path, parts: Parts) -> None:
-    """Raise InputError where the folder holds parts of another drawing, or where this process doesn't see it."""
-    if not path.exists():
-        raise InputError(f"{path} is not here: all processes need the same folder, on a file system that they share")
+    """Raise InputError where the folder holds parts of another drawing."""
     try:
         old = json.loads(path.read_text())
         changed = [f"{name}: {old.get(name)} -> {new}" for name, new in parts.description.items() if old.get(name) != new]

@@ -123,6 +123,7 @@ def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> Tr
                 recorder.take(*pending)
                 pending = None
             if snapshot_due(config.train, step):
+                checkpoints.wait()  # Orbax confuses what two saves at once are waiting for
                 save_snapshot(workdir, state, step, config)
             if checkpoint_due:
                 checkpoints.save(state, step)
