@@ -75,6 +75,9 @@ def compiled(devices, fsdp=1, parts=1):
     return program.lower(placed, batch).compile(), state.params, shardings.params
 
 
+at_scale = pytest.mark.scale  # each compiles the step for many devices
+
+
 def sizes(leaves):
     return collections.Counter(math.prod(leaf.shape) for leaf in leaves)
 
@@ -84,10 +87,12 @@ def split_and_whole(params, shardings):
     return [p for p, s in pairs if "fsdp" in s.spec], [p for p, s in pairs if "fsdp" not in s.spec]
 
 
+@at_scale
 def test_one_device_sends_nothing():
     assert collectives(compiled(1)[0].as_text()) == []
 
 
+@at_scale
 @pytest.mark.parametrize("parts", [1, 2])
 def test_data_parallelism_sums_the_gradient_and_the_loss_and_nothing_else(parts):
     program, params, _ = compiled(4, 1, parts)
@@ -100,6 +105,7 @@ def test_data_parallelism_sums_the_gradient_and_the_loss_and_nothing_else(parts)
     assert collections.Counter(each.size for each in found if each.size >= 1024) == large
 
 
+@at_scale
 @pytest.mark.parametrize(("devices", "fsdp"), [(4, 2), (4, 4), (8, 4)])
 def test_a_split_state_is_gathered_array_by_array_and_its_gradient_scattered(devices, fsdp):
     program, params, shardings = compiled(devices, fsdp)
@@ -123,6 +129,7 @@ def test_a_split_state_is_gathered_array_by_array_and_its_gradient_scattered(dev
     assert summed >= pieces
 
 
+@at_scale
 def test_with_a_split_state_and_parts_the_sum_over_data_comes_once_after_them():
     program, params, shardings = compiled(8, 4, 2)
     split, _ = split_and_whole(params, shardings)
@@ -131,6 +138,7 @@ def test_with_a_split_state_and_parts_the_sum_over_data_comes_once_after_them():
     assert sum(each.size for each in reduces) >= sum(math.prod(leaf.shape) for leaf in split) // 4
 
 
+@at_scale
 def test_memory_of_a_device_falls_with_its_share():
     """By the compiler's own analysis: arguments are the state and the batch, and all but the small arrays are split."""
     _, params, shardings = compiled(4, 4)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -67,6 +68,7 @@ TOPOLOGIES = [
 ]  # fmt: skip
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 def test_steps_are_those_of_one_device(topology):
     (metrics, state), (metrics_of_one, state_of_one) = run(**topology), run()
@@ -75,6 +77,7 @@ def test_steps_are_those_of_one_device(topology):
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(leaf_of_one), rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.scale
 def test_the_steps_above_do_something():
     metrics, state = run()
     assert all(metric.grad_norm > CONFIG.optim.clip_norm for metric in metrics)  # so that clipping is part of them
@@ -84,6 +87,7 @@ def test_the_steps_above_do_something():
     assert max(jax.tree.leaves(change)) > 1e-3
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(("devices", "fsdp"), [(4, 2), (4, 4), (8, 4), (8, 8)])
 def test_arrays_of_the_state_lie_in_pieces_after_steps(devices, fsdp):
     _, state = run(devices=devices, fsdp=fsdp)
@@ -137,19 +141,11 @@ def test_a_number_of_devices_that_fsdp_does_not_divide_is_refused():
         make_mesh(jax.devices(), 3)
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What `arrange` looks at."""
-
-    id: int
-    process_index: int
-
-
 @pytest.mark.parametrize(
     ("hosts", "each", "fsdp", "hosts_of_a_group"), [(2, 4, 4, 1), (2, 4, 2, 1), (4, 2, 4, 2), (2, 2, 1, 1), (1, 8, 8, 1)]
 )
 def test_devices_that_share_a_state_are_those_of_one_host_or_of_whole_hosts(hosts, each, fsdp, hosts_of_a_group):
-    devices = [Device(number, number % hosts) for number in range(hosts * each)]  # as JAX may give them: host by turns
+    devices = [Mock(jax.Device, id=number, process_index=number % hosts) for number in range(hosts * each)]  # hosts by turns
     groups = arrange(devices, fsdp)
     assert groups.shape == (hosts * each // fsdp, fsdp)
     assert sorted(device.id for device in groups.flat) == list(range(hosts * each))
@@ -160,6 +156,7 @@ def test_devices_that_share_a_state_are_those_of_one_host_or_of_whole_hosts(host
 # --- checkpoints from one topology on another
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (2, 1), (8, 1), (8, 8)])
 def test_a_checkpoint_of_eight_devices_with_fsdp_4_is_read_on_others_bit_by_bit(devices, fsdp, tmp_path):
     _, state = run(devices=8, fsdp=4)

@@ -10,7 +10,7 @@ import pytest
 from networks import make_pixel_net
 
 from ddpm_jax import inference
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 from ddpm_jax.errors import NonFiniteLossError
 from ddpm_jax.parallel import make_mesh
 from ddpm_jax.training import loop
@@ -23,6 +23,7 @@ CONFIG = Config(
     train=TrainConfig(
         batch_size=4, num_steps=6, log_every_steps=2, checkpoint_every_steps=1000, preview_every_steps=None, non_finite="skip"
     ),
+    sample=SampleConfig(num_steps=3),  # the default's 100 are more than T
 )
 
 
