@@ -62,6 +62,6 @@ def archive(program, arrays=(), compression=zipfile.ZIP_STORED, order=b"little")
 
 def state_dict(tensors):
     """The bytes of the file of a state dict."""
-    arrays = [np.ascontiguousarray(array) for array in tensors.values()]
+    arrays = [np.asarray(array, order="C") for array in tensors.values()]
     entries = {key: tensor(str(index), arrays[index]) for index, key in enumerate(tensors)}
     return archive(pickled(dictionary(entries)), arrays)
