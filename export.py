@@ -1,7 +1,7 @@
 """Write a trained model for other programs.
 
     python export.py --ckpt runs/cifar10 --out cifar10                      for diffusers.DDPMPipeline.from_pretrained
-    python export.py --ckpt runs/cifar10 --out served --format stablehlo    its sampler as a program that needs nothing but JAX
+    python export.py --ckpt runs/cifar10 --out served --format stablehlo    its sampler as a program for JAX alone
 
 The folder has a model card, README.md, with the config, the data, what evaluate.py has measured, and a line on licences. What
 the other program can't represent is refused by its name.

@@ -1,4 +1,4 @@
-"""Draw images with an exported sampler: sampler.stablehlo, weights.npz and sampler.json in one folder. Needs nothing but JAX.
+"""Draw images with an exported sampler: sampler.stablehlo, weights.npz, sampler.json in one folder. JAX and flatbuffers do.
 
 python load_sampler.py 16 images.npz                     16 images of seed 0, an array "images", uint8 [N, H, W, C]
 python load_sampler.py 16 images.npz 7                   of seed 7

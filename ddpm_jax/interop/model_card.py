@@ -26,7 +26,7 @@ USE_SAMPLER = """```
 python load_sampler.py 16 images.npz
 ```
 
-draws 16 images, {sampler}; see `load_sampler.py`, which needs nothing but JAX."""
+draws 16 images, {sampler}; see `load_sampler.py`, which needs JAX and flatbuffers."""
 
 
 def model_card(config: Config, params: Any, weights: str, step: int, run: Path | None, kind: str) -> str:

@@ -3,7 +3,7 @@
 FOLDER/sampler.stablehlo    (weights, seed, first[, labels [B]]) -> images first ... first + B - 1 of the seed, uint8
 FOLDER/weights.npz          the weights, in the program's order
 FOLDER/sampler.json         what the program is: batch size, image shape, classes, sampler
-FOLDER/load_sampler.py      the loader, which needs nothing but JAX
+FOLDER/load_sampler.py      the loader, which needs JAX, and flatbuffers for jax.export
 """
 
 import json
@@ -40,11 +40,11 @@ def write_sampler(out: Path, model: Model, card: str) -> None:
     check_empty(out)
     config = model.config
     leaves = jax.device_get(jax.tree.leaves(model.params))
-    program = export_program(model)
+    program = export_program(model).serialize()
     with whole_file(out / "weights.npz") as file:
         np.savez(file, **{f"{number:05d}": leaf for number, leaf in enumerate(leaves)})
     with whole_file(out / "sampler.stablehlo") as file:
-        file.write(program.serialize())
+        file.write(program)
     settings = {
         "batch_size": config.sample.batch_size,
         "image_shape": list(model.image_shape),

@@ -6,6 +6,7 @@ length one behind where they call a linear map a convolution.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": 
 """The last parts of our names, and theirs."""
 
 
-def named_leaves(params: PyTree) -> dict[str, Shaped[np.ndarray, "..."] | jax.ShapeDtypeStruct]:
+def named_leaves(params: PyTree) -> dict[str, Any]:
     """The arrays, or shapes, of a tree by their places in it, such as "down0_block0/conv1/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(place, simple=True, separator="/"): leaf for place, leaf in leaves}
