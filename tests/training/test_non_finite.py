@@ -17,7 +17,7 @@ from ddpm_jax.training import loop
 from ddpm_jax.training.step import make_train_step, to_float
 
 CONFIG = Config(
-    diffusion=DiffusionConfig(num_steps=100, timesteps="importance"),
+    diffusion=DiffusionConfig(num_steps=50, timesteps="importance"),
     model=ModelConfig(dropout=0.2, multipliers=(1,), attention_resolutions=()),
     optim=OptimConfig(warmup_steps=0, learning_rate=1e-2, ema_decays=(0.5,)),
     train=TrainConfig(
