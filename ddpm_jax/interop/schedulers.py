@@ -150,7 +150,7 @@ def _find_schedule(betas: Any, num_steps: int, source: Any) -> str:
         numbers = np.zeros(0)
     for kind in ("sigmoid", "linear", "cosine"):
         try:
-            known = np.asarray(make_schedule(kind, num_steps).beta)  # type: ignore[arg-type]
+            known = np.asarray(make_schedule(kind, num_steps).beta)
         except ValueError:  # too few steps for the betas of the linear schedule
             continue
         if numbers.shape == known.shape and np.allclose(numbers, known, rtol=1e-5, atol=0):
