@@ -101,10 +101,12 @@ def _leave(status: int) -> NoReturn:
 
 
 def _say(message: str | None) -> None:
+    stderr = sys.__stderr__  # another thread may catch what it writes to sys.stderr, as cli.parse does
     with contextlib.suppress(OSError, ValueError):  # a stream may be closed
         sys.stdout.flush()
-        if sys.stderr.isatty():
-            sys.stderr.write("\x1b[?25h")  # a progress bar has hidden the cursor
-        if message is not None:
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.stderr.flush()
+        if stderr is not None:
+            if stderr.isatty():
+                stderr.write("\x1b[?25h")  # a progress bar has hidden the cursor
+            if message is not None:
+                print(f"error: {' '.join(message.split())}", file=stderr)
+            stderr.flush()

@@ -9,13 +9,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from training.networks import WideNet
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig
 from ddpm_jax.data.pipeline import Batch
-from ddpm_jax.models import make_unet
+from ddpm_jax.models import UNet, make_unet
 from ddpm_jax.parallel import batch_sharding, make_mesh
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.state import init_state, state_shardings
+from ddpm_jax.training.state import TrainState, state_shardings
 from ddpm_jax.training.step import make_train_step
 from ddpm_jax.validation import config_schedule
 
@@ -58,12 +59,19 @@ def collectives(text):
 
 
 @functools.cache
-def compiled(devices, fsdp=1, parts=1):
+def compiled(devices, fsdp=1, parts=1, network=WideNet):
     """The step's compiled program, and the shapes of its weights."""
     config = dataclasses.replace(CONFIG, optim=OptimConfig(accumulate_steps=parts))
     mesh = make_mesh(jax.devices()[:devices], fsdp)
-    unet, optimizer = make_unet(config.model, 1), make_optimizer(config.optim, config.train.num_steps)
-    state = jax.eval_shape(lambda: init_state(config, unet, optimizer))
+    unet = WideNet(out_channels=1, dropout=0.2, num_classes=3) if network is WideNet else make_unet(config.model, 1)
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+
+    def start():
+        images, one = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32)
+        params = unet.init(jax.random.key(0), images, one, one)["params"]
+        return TrainState(jnp.int32(0), params, params, optimizer.init(params), None, {})
+
+    state = jax.eval_shape(start)
     shardings = state_shardings(mesh, state)
     rows = batch_sharding(mesh)
     batch = Batch(
@@ -75,9 +83,6 @@ def compiled(devices, fsdp=1, parts=1):
     return program.lower(placed, batch).compile(), state.params, shardings.params
 
 
-at_scale = pytest.mark.scale  # each compiles the step for many devices
-
-
 def sizes(leaves):
     return collections.Counter(math.prod(leaf.shape) for leaf in leaves)
 
@@ -87,12 +92,10 @@ def split_and_whole(params, shardings):
     return [p for p, s in pairs if "fsdp" in s.spec], [p for p, s in pairs if "fsdp" not in s.spec]
 
 
-@at_scale
 def test_one_device_sends_nothing():
     assert collectives(compiled(1)[0].as_text()) == []
 
 
-@at_scale
 @pytest.mark.parametrize("parts", [1, 2])
 def test_data_parallelism_sums_the_gradient_and_the_loss_and_nothing_else(parts):
     program, params, _ = compiled(4, 1, parts)
@@ -105,10 +108,12 @@ def test_data_parallelism_sums_the_gradient_and_the_loss_and_nothing_else(parts)
     assert collections.Counter(each.size for each in found if each.size >= 1024) == large
 
 
-@at_scale
-@pytest.mark.parametrize(("devices", "fsdp"), [(4, 2), (4, 4), (8, 4)])
-def test_a_split_state_is_gathered_array_by_array_and_its_gradient_scattered(devices, fsdp):
-    program, params, shardings = compiled(devices, fsdp)
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "network"),
+    [(4, 2, WideNet), (4, 4, WideNet), (8, 4, WideNet), pytest.param(8, 4, UNet, marks=pytest.mark.scale)],
+)
+def test_a_split_state_is_gathered_array_by_array_and_its_gradient_scattered(devices, fsdp, network):
+    program, params, shardings = compiled(devices, fsdp, network=network)
     split, whole = split_and_whole(params, shardings)
     found = collectives(program.as_text())
     of_kind = {kind: [each for each in found if each.kind == kind] for kind in KINDS}
@@ -129,7 +134,6 @@ def test_a_split_state_is_gathered_array_by_array_and_its_gradient_scattered(dev
     assert summed >= pieces
 
 
-@at_scale
 def test_with_a_split_state_and_parts_the_sum_over_data_comes_once_after_them():
     program, params, shardings = compiled(8, 4, 2)
     split, _ = split_and_whole(params, shardings)
@@ -138,7 +142,6 @@ def test_with_a_split_state_and_parts_the_sum_over_data_comes_once_after_them():
     assert sum(each.size for each in reduces) >= sum(math.prod(leaf.shape) for leaf in split) // 4
 
 
-@at_scale
 def test_memory_of_a_device_falls_with_its_share():
     """By the compiler's own analysis: arguments are the state and the batch, and all but the small arrays are split."""
     _, params, shardings = compiled(4, 4)

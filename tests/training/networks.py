@@ -33,6 +33,18 @@ class PixelNet(UNet):
         return nn.Dense(self.out_channels)(h)
 
 
+class WideNet(PixelNet):
+    """A PixelNet with two layers that are large enough to be split among devices."""
+
+    @nn.compact
+    def __call__(self, xt, t, labels=None, train=False, rows=None):
+        h = nn.Dense(64)(xt) + nn.Dense(64)(t[:, None].astype(jnp.float32) / 25 - 1)[:, None, None]
+        if labels is not None:
+            h = h + nn.Embed(self.num_classes + 1, 64)(labels)[:, None, None]
+        h = Dropout(self.dropout)(nn.tanh(nn.Dense(64, name="wide1")(nn.tanh(h))), not train, rows)
+        return nn.Dense(self.out_channels)(nn.tanh(nn.Dense(64, name="wide2")(h)))
+
+
 def make_pixel_net(config, channels, learn_variance=False, num_steps=1000):
     """In the place of make_unet."""
     return PixelNet(out_channels=channels * (1 + learn_variance), dropout=config.dropout, num_classes=config.num_classes)

@@ -150,7 +150,7 @@ def test_one_process_writes_and_speaks(train, finished, tmp_path):
     assert not [line for each in (first, second) for line in each.output.splitlines() if line and "[Gloo]" not in line]
 
 
-@pytest.mark.parametrize(("begun", "goes_on"), [("2x2 fsdp 2", "1x1"), ("1x1", "2x2"), ("2x2", "2x2 fsdp 2")])
+@pytest.mark.parametrize(("begun", "goes_on"), [("2x2 fsdp 2", "1x1"), ("1x1", "2x2")])
 def test_a_run_goes_on_in_another_topology(train, finished, tmp_path, begun, goes_on):
     workdir = tmp_path / "run"
     finish(train(workdir, begun, {"train.num-steps": 13}))
@@ -160,21 +160,19 @@ def test_a_run_goes_on_in_another_topology(train, finished, tmp_path, begun, goe
     np.testing.assert_allclose(losses(workdir), losses(finished["1x1"]), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)])
-def test_a_signal_to_one_process_stops_all_after_the_same_step(train, tmp_path, number, to):
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(train, finished, tmp_path, number, to):
     """And the run that goes on ends in the bits of one that nothing has disturbed."""
-    workdir = tmp_path / "run"
-    running = train(workdir, "2x2 fsdp 2", {"train.num-steps": MANY})
-    running[0].wait_for(f"step 13/{MANY}")
+    workdir, topology = tmp_path / "run", "2x2 fsdp 2"
+    running = train(workdir, topology)
+    running[0].wait_for(f"step 3/{STEPS}")
     running[to].send(number)
     finish(running)
-    stopped = re.search(rf"stopped at step (\d+) of {MANY} and saved", running[0].errors)
-    state, step = last_state(workdir)
-    assert stopped and step == int(stopped[1]) >= 13
-    changes = {"train.num-steps": step + 7, "train.preview-every-steps": "None"}
-    finish(train(workdir, "2x2 fsdp 2", changes))
-    finish(train(tmp_path / "undisturbed", "2x2 fsdp 2", changes))
-    state, other = last_state(workdir)[0], last_state(tmp_path / "undisturbed")[0]
+    stopped = re.search(rf"stopped at step (\d+) of {STEPS} and saved", running[0].errors)
+    assert stopped and last_state(workdir)[1] == int(stopped[1]) >= 3
+    finish(train(workdir, topology))
+    (state, step), (other, _) = last_state(workdir), last_state(finished[topology])
+    assert step == STEPS and state.keys() == other.keys()
     assert [name for name in state if state[name] != other[name]] == []
 
 
