@@ -388,7 +388,7 @@ def test_a_config_is_written_and_read_back(tmp_path):
     assert read_config(workdir / "config.json") == CONFIG
 
 
-OTHERS = {"data.max_unusable": 0.5, "train.non_finite": "skip", "sample.sampler": "ddpm",
+OTHERS = {"data.max_unusable": 0.5, "train.non_finite": "skip", "train.evaluate_metrics": "fid", "sample.sampler": "ddpm",
           "sample.spacing": "trailing", "sample.threshold": "none", "sample.eta": 0.5,
           "sample.guidance": 2.0, "sample.guidance_interval": (0.1, 2.0), "sample.guidance_rescale": 0.5}  # fmt: skip
 

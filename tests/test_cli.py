@@ -23,6 +23,7 @@ from ddpm_jax import Config, DataConfig, InputError, NonFiniteLossError, cli, lo
 from ddpm_jax.config import flatten
 from ddpm_jax.data import load_images
 from ddpm_jax.images import make_grid
+from ddpm_jax.joining import PROCESS_OPTIONS, Processes
 
 train, sample = load_script("train.py"), load_script("sample.py")
 
@@ -77,9 +78,10 @@ def edited(run, target, **values):
     shutil.copytree(run, target)
     path = target / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
     content = json.loads(path.read_text())
-    config = content["custom_metadata"]["config"]
-    assert set(values) <= set(config)
-    config.update(values)
+    stored = content["custom_metadata"]
+    assert set(values) <= set(stored["config"])
+    stored["config"].update(values)
+    del stored["crc32"]  # the change is not to pass for damage
     path.write_text(json.dumps(content))
     return target
 
@@ -137,8 +139,11 @@ def test_help_of_sample(capsys, monkeypatch):
     text = help_text(sample.main, [], capsys, monkeypatch)
     texts, annotations = docstrings(ROOT / "sample.py")
     assert len(annotations["Arguments"]) > 10
-    for field in annotations["Arguments"]:
+    for field in set(annotations["Arguments"]) - {"processes"}:
         assert_explained(text, field, texts["Arguments"][field], getattr(sample.Arguments(), field))
+    texts, annotations = docstrings(ROOT / "ddpm_jax" / "joining.py")
+    for field in annotations["Processes"]:
+        assert_explained(text, f"processes.{field}", texts["Processes"][field], getattr(Processes(), field))
 
 
 # Parsing
@@ -153,8 +158,8 @@ def as_options(name, value, hint):
 
 
 def parse(*argv):
-    default = train.Arguments(Path("a.py"), Path("runs"), Config())
-    return cli.parse(train.Arguments, argv, default, {"config", "workdir", *flatten(Config())}, "")
+    default = train.Arguments(Path("a.py"), Path("runs"), Processes(), Config())
+    return cli.parse(train.Arguments, argv, default, {"config", "workdir", *PROCESS_OPTIONS, *flatten(Config())}, "")
 
 
 def test_every_field_can_be_overridden():
@@ -501,10 +506,11 @@ def test_bad_input_ends_with_one_line_and_status_2(failures, name, fragments):
 
 
 def test_train_writes_the_run_folder(folder, run):
-    assert {entry.name.split(".")[0] for entry in run.iterdir()} == {
+    assert {entry.name.lstrip(".").split(".")[0] for entry in run.iterdir()} == {
         "checkpoints",
         "config",
         "events",
+        "lock",
         "loss",
         "metrics",
         "samples",

@@ -49,7 +49,10 @@ def test_features_decide_the_class(classifier, garments):
 def test_outputs_are_those_of_one_image(classifier, garments):
     images = garments[0][:260]  # more than a batch, and no multiple of it
     alone = np.concatenate([classifier.features(images[i : i + 1]) for i in (0, 249, 250, 259)])
-    np.testing.assert_array_equal(classifier.features(images)[[0, 249, 250, 259]], alone)
+    # Which row of a batch an image has may change its last bits, on processors that work on several rows at once.
+    np.testing.assert_allclose(classifier.features(images)[[0, 249, 250, 259]], alone, rtol=1e-4, atol=1e-5)
+    others = np.concatenate([images[:1], images[:0:-1]])
+    np.testing.assert_array_equal(classifier.features(others)[0], classifier.features(images)[0])
 
 
 def test_bytes_and_floats_are_the_same_images(classifier, garments):
