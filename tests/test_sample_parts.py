@@ -277,7 +277,8 @@ def test_the_number_of_devices_changes_no_bit_where_each_has_a_batch(state, tmp_
     assert len({path.read_bytes() for path in tmp_path.glob("*.npz")}) == 1
 
 
-@pytest.mark.parametrize("name", ["a.npz", pytest.param("a", marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["a.npz", "a"])
 def test_sample_killed_at_random_ends_in_the_same_bytes(run, tmp_path, name):  # noqa: F811
     """kill -9 twice, a random while after the first part was there."""
     options = ["--ckpt", run, "--num-images", 400, "--batch-size", 4, "--num-steps", 50]

@@ -16,6 +16,8 @@ from ddpm_jax.evaluation.networks import FeatureNetwork, load_network
 from ddpm_jax.evaluation.precision_recall import precision_recall
 from ddpm_jax.models.classifier import Classifier
 
+pytestmark = pytest.mark.heavy
+
 NUM_IMAGES = 1000
 NUM_SLOW = 200  # of the network that takes its time
 
