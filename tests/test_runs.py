@@ -235,8 +235,9 @@ def test_a_run_stopped_on_request_saves_and_goes_on(train, run_a, tmp_path, numb
 
 
 def digests(workdir):
-    """Contents of all files but the ones that every start writes: TensorBoard's events and the plot."""
-    files = (path for path in workdir.rglob("*") if path.is_file() and "events." not in path.name and path.name != "loss.png")
+    """Contents of all files but the ones that every start writes: TensorBoard's events, the plot, and who holds the lock."""
+    files = (path for path in workdir.rglob("*") if path.is_file() and "events." not in path.name)
+    files = (path for path in files if path.name not in ("loss.png", ".lock"))
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
