@@ -144,11 +144,15 @@ def _num_bytes(shapes: str) -> int:
 
 
 def _group_size(line: str, devices: int) -> int:
-    """Devices of a group, from {{0,1},{2,3}} or [2,2]<=[4]; all where none are given."""
+    """Devices of a group, from {{0,1},{2,3}}, [2,2]<=[4] or mesh['data'=2,'fsdp'=4] {'fsdp'}; all where none are given."""
     listed = re.search(r"replica_groups=\{\{([0-9,]+)\}", line)
     counted = re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]", line)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     if listed:
         return len(listed[1].split(","))
+    if named:
+        lengths = dict(axis.split("=") for axis in named[1].split(","))
+        return math.prod(int(lengths[name]) for name in named[2].split(","))
     return int(counted[1]) if counted else devices
 
 
