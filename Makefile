@@ -26,7 +26,7 @@ test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not heavy and not scale and not interop and not packages"
 
 test-heavy: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "heavy and not scale and not interop and not packages"
+	$(RUN) -m pytest -n auto --maxprocesses 2 --dist loadfile -m "heavy and not scale and not interop and not packages"
 
 test-scale: $(VENV)/installed-dev
 	$(RUN) -m pytest -m scale
