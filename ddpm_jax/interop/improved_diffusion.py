@@ -7,7 +7,6 @@ the weights, such as cifar10_uncond_50M_500K.json, gives other fields of our con
     {"data.image_shape": [32, 32, 3], "diffusion.schedule": "cosine", "diffusion.num_steps": 4000}
 """
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ddpm_jax.checkpoint import Weights
 from ddpm_jax.config import Config, override
 from ddpm_jax.errors import InputError
 from ddpm_jax.interop.diffusers import read_json
-from ddpm_jax.interop.tensors import LEAVES, Tensors, fill
+from ddpm_jax.interop.tensors import BLOCK, LEAVES, Tensors, fill
 from ddpm_jax.interop.torch_files import read_torch_file
 
 DEFAULT_SIZE = 64
@@ -143,7 +142,7 @@ def tensor_name(place: str, num_levels: int, num_res_blocks: int, attended: list
     layer of a level's last block.
     """
     block, *layers, leaf = place.split("/")
-    found = re.fullmatch(r"(down|up)(\d+)_(?:block(\d+)(_attention)?|downsample|upsample)", block)
+    found = BLOCK.fullmatch(block)
     if found is None:
         name = PLACES[block]
     else:

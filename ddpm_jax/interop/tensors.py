@@ -4,6 +4,7 @@ Ours are [3, 3, in, out] for convolutions and [in, out] for linear maps; theirs 
 length one behind where they call a linear map a convolution.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 """The last parts of our names, and theirs."""
+BLOCK = re.compile(r"(down|up)(\d+)_(?:block(\d+)(_attention)?|downsample|upsample)")
+"""The first parts of our names on the way down and up: way, level, and of a block its index and whether it is its attention."""
 
 
 def named_leaves(params: PyTree) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A UNet2DModel is Ho et al.'s UNet with choices. Most of the choices are fields o
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -12,7 +11,7 @@ from jaxtyping import PyTree
 
 from ddpm_jax.config import Config
 from ddpm_jax.errors import InputError
-from ddpm_jax.interop.tensors import LEAVES, named_leaves
+from ddpm_jax.interop.tensors import BLOCK, LEAVES, named_leaves
 from ddpm_jax.models.styles import DDPM, find_style
 
 DEFAULTS: Mapping[str, Any] = {
@@ -167,7 +166,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 def tensor_name(place: str, num_levels: int) -> str:
     """The name that diffusers has for the array at a place of ours, such as "down0_block0/conv1/kernel"."""
     block, *layers, leaf = place.split("/")
-    found = re.fullmatch(r"(down|up)(\d+)_(?:block(\d+)(_attention)?|downsample|upsample)", block)
+    found = BLOCK.fullmatch(block)
     if found is None:
         name = PLACES[block]
     else:
