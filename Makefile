@@ -29,10 +29,10 @@ test-heavy: $(VENV)/installed-dev
 	$(RUN) -m pytest -n auto --maxprocesses 2 --dist loadfile -m "heavy and not scale and not interop and not packages"
 
 test-scale: $(VENV)/installed-dev
-	$(RUN) -m pytest -m scale
+	$(RUN) -m pytest -n auto --maxprocesses 2 --dist loadfile -m scale $(PYTEST_FLAGS)
 
 test-interop: $(VENV)/installed-interop
-	$(RUN) -m pytest -m interop
+	$(RUN) -m pytest -n auto --maxprocesses 2 --dist loadfile -m interop
 
 test-data: $(VENV)/installed-dev
 	$(RUN) -m pytest -m packages

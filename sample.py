@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ddpm_jax import cli
 from ddpm_jax.checkpoint import run_folder
-from ddpm_jax.config import Threshold
+from ddpm_jax.config import SampleConfig, Threshold
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
 from ddpm_jax.drawing import draw_in_parts, needs_parts, parts_folder
@@ -97,11 +97,7 @@ def main(argv: Sequence[str]) -> None:
     out = args.out or run_folder(args.ckpt) / "samples.png"
     in_parts = args.named is None and out.suffix.lower() != ".gif" and needs_parts(model, out, args.num_images, args.batch_size)
     kind = check_output(out, model.image_shape[-1], begun=in_parts and parts_folder(out).is_dir())
-    names = (
-        "sampler", "num_steps", "eta", "spacing", "threshold", "guidance", "guidance_interval", "guidance_rescale",
-        "batch_size",
-    )  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(SampleConfig)}
     if in_parts:
         draw_in_parts(model, out, kind, args.num_images, args.seed, labels, settings)
     else:

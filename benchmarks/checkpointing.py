@@ -1,12 +1,15 @@
 """What checkpoints cost the loop: the time of steps with one save among them beside that of steps without.
 
-    python benchmarks/checkpointing.py                            configs/fashion_mnist.py, 500 steps a save, some minutes
+    python benchmarks/checkpointing.py                            configs/fashion_mnist.py, 20 pairs of 500 steps
     python benchmarks/checkpointing.py --config configs/cifar10.py --steps 20 --pairs 3
 
 The steps are those of the training loop: its compiled program, its data, its metrics read one dispatch behind. Stretches with
-a save at their start and stretches without take turns, either one first. The table gives medians, and
+a save at their start and stretches without take turns, either one first, so that a machine whose speed changes from minute to
+minute does it to both of a pair. The table gives medians, and of
 
-    lost = (with - without) / without        of the medians, scaled to one save every --per steps
+    lost = (with - without) / without        of a pair, scaled to one save every --per steps
+
+the quartiles over all pairs: the middle one is the answer, the others say how far to trust it.
 
 "blocking" is how long the loop stands still for `Checkpoints.save`, "whole" how long it takes until the checkpoint is there.
 On a CPU what writes and what trains share the cores.
@@ -82,11 +85,11 @@ def measure(config: Config, steps: int, pairs: int, per: int) -> str:
         for number in range(pairs):
             for save in (True, False) if number % 2 else (False, True):
                 times[save].append(loop.stretch(save))
-    alone, beside = (statistics.median(times[save]) for save in (False, True))
-    spread = 100 * (max(times[False]) - min(times[False])) / alone
-    lost = 100 * (beside - alone) / (alone * per / steps)
+    lost = [100 * (beside - alone) / (alone * per / steps) for alone, beside in zip(times[False], times[True], strict=True)]
+    low, middle, high = statistics.quantiles(lost, n=4)
+    alone = 1e3 * statistics.median(times[False]) / steps
     blocking, whole = (1e3 * statistics.median(values) for values in (loop.blocking, loop.whole))
-    return f"| {size:.0f} MiB | {1e3 * alone / steps:.2f} | {spread:.1f} % | {blocking:.0f} | {whole:.0f} | {lost:.2f} % |"
+    return f"| {size:.0f} MiB | {alone:.2f} | {blocking:.0f} | {whole:.0f} | {low:.2f}, **{middle:.2f}**, {high:.2f} % |"
 
 
 def main() -> None:
@@ -95,7 +98,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs" / "fashion_mnist.py")
     parser.add_argument("--steps", type=int, default=500, help="steps of a stretch")
     parser.add_argument("--per", type=int, default=500, help="steps between two saves that the share is given for")
-    parser.add_argument("--pairs", type=int, default=8, help="stretches with and without a save")
+    parser.add_argument("--pairs", type=int, default=20, help="stretches with and without a save")
     options = parser.parse_args()
     keep_compiled()
     config = load_config(options.config)
@@ -103,7 +106,7 @@ def main() -> None:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_last=2, keep_every_steps=None))
     row = measure(config, options.steps, options.pairs, options.per)
     print(f"{options.config.name} on {processor()}, {os.cpu_count()} cores, jax {jax.__version__}\n")
-    print("| state | ms a step | spread without | blocking ms | whole ms | lost |\n|---|---|---|---|---|---|")
+    print("| state | ms a step | blocking ms | whole ms | lost |\n|---|---|---|---|---|")
     print(row)
 
 

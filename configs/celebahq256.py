@@ -4,7 +4,7 @@
 
 Data: celeb_a_hq/256 of TensorFlow Datasets, 30,000 images, to be prepared from data256x256.tar, a file that you make yourself
 (docs/recipes.md). A folder with the images does as well: --data.source celebahq/.
-Hardware in the paper: 8 cores of a TPU v3, 500,000 steps.
+Hardware in the paper: 8 cores of a TPU v3, 500,000 steps at 2.2 a second, 63 hours.
 Network: 113.7M parameters.
 Published result: samples (figure 3); no FID is given. Nobody has trained this file to the end yet.
 Differs from the paper: the moving average of the weights has a warm-up (docs/design.md).

@@ -3,7 +3,7 @@
     python train.py --config configs/cifar10.py --workdir runs/cifar10
 
 Data: the 50,000 training images of cifar10 of TensorFlow Datasets; preparing them needs TensorFlow once (docs/recipes.md).
-Hardware in the paper: 8 cores of a TPU v3, 800,000 steps.
+Hardware in the paper: 8 cores of a TPU v3, 800,000 steps at 21 a second, 10.6 hours.
 Published result: FID 3.17, Inception score 9.46 (50,000 samples of 1000 ddpm steps, EMA weights).
 Network: 35.7M parameters. Nobody has trained this file to the end yet.
 Differs from the paper: the moving average of the weights has a warm-up (docs/design.md).

@@ -3,7 +3,7 @@
     python train.py --config configs/lsun256_church.py --workdir runs/church
 
 Data: lsun/church_outdoor of TensorFlow Datasets, or a folder; see docs/recipes.md.
-Hardware in the paper: 8 cores of a TPU v3, 1.2M steps.
+Hardware in the paper: 8 cores of a TPU v3, 1.2M steps, 152 hours.
 Published result: FID 7.89 (Ho et al. 2020, table 3). Nobody has trained this file to the end yet.
 """
 

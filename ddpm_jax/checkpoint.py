@@ -10,12 +10,13 @@ to a single bit, is put aside as STEP.damaged, and the one before it is used.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jaxtyping import PyTree
@@ -30,6 +31,8 @@ from ddpm_jax.snapshots import WeightsError, find_weights, parse_weights, recons
 from ddpm_jax.storage import TIMEOUT, newest_first, reason, within
 from ddpm_jax.training.state import TrainState
 
+T = TypeVar("T")
+
 logger = logging.getLogger("ddpm_jax")
 
 
@@ -38,15 +41,29 @@ def check_run_folder(workdir: Path, config: Config) -> None:
 
     Snapshots count too: a run that was killed before its first checkpoint goes on with the ones it has made.
     """
-    newest = next(itertools.chain(newest_first(workdir / "checkpoints"), newest_first(workdir / "snapshots")), None)
-    if newest is None:
+    written = [*newest_first(workdir / "checkpoints"), *newest_first(workdir / "snapshots")]
+    if not written:
         return
-    path, limit = workdir / "config.json", config.train.storage_timeout
-    what = f"reading the config of {newest}"
-    stored = read_config(path) if path.exists() else within(what, limit, lambda: from_json(_description(newest)["config"]))
+    path = workdir / "config.json"
+    stored = read_config(path) if path.exists() else _described_config(written, config.train.storage_timeout)
     changed = differences(stored, config)
     if changed:
         raise InputError(f"{workdir} holds a run with another config ({'; '.join(changed)}): choose another --workdir")
+
+
+def _described_config(written: list[Path], timeout: int) -> Config:
+    """The config of the first of these checkpoints that tells it. Raises what the first did, where none does."""
+
+    def config_of(path: Path) -> Config:
+        return from_json(_description(path)["config"])
+
+    errors = []
+    for path in written:
+        try:
+            return within(f"reading the config of {path}", timeout, functools.partial(config_of, path))
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def write_config(workdir: Path, config: Config) -> None:
@@ -85,10 +102,9 @@ def restore_newest(workdir: Path, abstract_state: TrainState, timeout: int = TIM
     damaged: dict[Path, str] = {}
     for path in newest_first(workdir / "checkpoints"):
         loaded, why = _read(path, items, timeout)
-        if anywhere(loaded is None):
-            damaged[path] = why or "another process can't read it"
+        if loaded is None:
+            damaged[path] = why
             continue
-        assert loaded is not None
         _put_all_aside(damaged)
         averages = {name: loaded[item_name(name)] for name in abstract_state.averages}
         return TrainState(params=loaded["params"], ema=loaded["ema"], averages=averages, **loaded["training"])
@@ -99,17 +115,31 @@ def restore_newest(workdir: Path, abstract_state: TrainState, timeout: int = TIM
 
 
 def _read(path: Path, items: dict[str, PyTree], timeout: int) -> tuple[dict[str, PyTree] | None, str]:
-    """The items of a checkpoint, or None and the reason why not."""
+    """The items of a checkpoint, or None and the reason why not; all processes must ask, and none gets it where one doesn't."""
+    description, why = _everywhere(path, timeout, lambda: read_description(path))
+    if description is None:
+        return None, why
+    # Processes read the arrays together, and Orbax counts how often: one that didn't begin would be out of step from then on.
+    return _everywhere(path, timeout, lambda: read_items(path, items, description))
+
+
+def _everywhere(path: Path, timeout: int, read: Callable[[], T]) -> tuple[T | None, str]:
+    """What this process reads of a checkpoint, or None and the reason where any process can't."""
+    found: T | None = None
+    why = "another process can't read it"
     try:
-        return within(f"reading checkpoint {path}", timeout, lambda: read_items(path, items, read_description(path))), ""
+        found = within(f"reading checkpoint {path}", timeout, read)
     except StorageHangError:
         raise
     except Exception as error:  # whatever Orbax or its storage raise: the checkpoint can't be used
-        return None, reason(error)
+        why = reason(error)
+    return (None, why) if anywhere(found is None) else (found, "")
 
 
 def run_folder(path: Path) -> Path:
-    """The run folder of a path that load_weights takes."""
+    """The run folder of a path that load_weights takes; of another program's file, the folder that it lies in."""
+    if path.is_file():
+        return path.parent
     step_folder = path.absolute()
     return step_folder.parents[1] if step_folder.parent.name == "checkpoints" else path
 
@@ -152,7 +182,8 @@ def load_weights(path: str | Path, weights: str, make_abstract: Callable[[Config
 
     if not path.exists():
         raise InputError(f"no checkpoint at {path}: there is no such folder")
-    if path.is_dir() and path.name.isdigit() and ocp.is_orbax_checkpoint(path):
+    is_run = (path / "checkpoints").is_dir()  # its name may be a number, too
+    if path.is_dir() and path.name.isdigit() and not is_run and ocp.is_orbax_checkpoint(path):
         return load(path)
     candidates = list(newest_first(path / "checkpoints")) if path.is_dir() else []
     if not candidates:

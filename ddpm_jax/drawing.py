@@ -2,6 +2,7 @@
 
     OUT.parts/drawing.json               what decides the images
     OUT.parts/00000064-00000128.part     images 64 ... 127: a checksum and their bytes
+    OUT.parts/.lock                      held while they are drawn
 
 Each process draws its share of the ranges that are not there yet. When none is missing the parts are joined to OUT, and
 removed. An image depends on its number alone (inference.py), so that OUT has the same bytes whatever was killed on the way.
@@ -10,7 +11,7 @@ shorter, and another program may round an image by one grey level.
 """
 
 import dataclasses
-import fcntl
+import glob
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from jaxtyping import Int, UInt8
 
 from ddpm_jax.config import Config, to_json
 from ddpm_jax.errors import InputError
-from ddpm_jax.files import whole_file
+from ddpm_jax.files import remove_debris, whole_file
 from ddpm_jax.images import save_pieces
 from ddpm_jax.inference import Model, draw_ranges
+from ddpm_jax.lock import LOCK, hold
 from ddpm_jax.metrics import sample_progress
 from ddpm_jax.processes import check_shared, is_first, wait_for_all
 from ddpm_jax.ranges import Range, gaps, rows_of_range
@@ -38,7 +40,7 @@ from ddpm_jax.ranges import Range, gaps, rows_of_range
 FORMAT = 1  # part of every description: to be raised by whoever changes what the images are
 DESCRIPTION = "drawing.json"
 PART_NAME = re.compile(r"(\d{8,})-(\d{8,})\.part")
-OWN_NAMES = re.compile(rf"\.?({PART_NAME.pattern}|{re.escape(DESCRIPTION)})(\.tmp)?|\.shared\.[0-9a-f]+")
+OWN_NAMES = re.compile(rf"\.?({PART_NAME.pattern}|{re.escape(DESCRIPTION)})(\.[0-9a-f]+\.tmp)?|\.shared\.[0-9a-f]+")
 CHECKSUM_BYTES = 4
 
 logger = logging.getLogger("ddpm_jax")
@@ -93,9 +95,10 @@ def draw_in_parts(
             os.sync()  # the parts go once the result is on the disk
             wait_for_all("the parts are joined")
             if is_first():
-                parts.clear()
-                if not any(parts.folder.iterdir()):
-                    parts.folder.rmdir()
+                _remove_traces(parts, out, kind)
+        if is_first():
+            with suppress(OSError):  # other files lie in it
+                parts.folder.rmdir()
     except OSError as error:
         raise InputError(f"--out {out}: can't write there: {error.strerror}; the same command goes on") from error
 
@@ -154,24 +157,25 @@ def _begun(parts: Parts) -> Iterator[None]:
     path = parts.folder / DESCRIPTION
     check_shared(parts.folder)
     parts.folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(parts.folder, os.O_RDONLY)
-    try:
-        if is_first():
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another process is drawing into {parts.folder}: wait for it, or stop it") from error
-            except OSError as error:  # a file system without locks
-                logger.warning("%s can't be locked (%s): let nothing else write there", parts.folder, error.strerror)
-            if not path.exists():
-                parts.clear()  # what a kill has left of a drawing that was done
-                with whole_file(path) as file:
-                    file.write((json.dumps(parts.description, indent=2) + "\n").encode())
+    with _held(parts.folder) if is_first() else nullcontext():
+        if is_first() and not path.exists():
+            parts.clear()  # what a kill has left of a drawing that was done
+            with whole_file(path) as file:
+                file.write((json.dumps(parts.description, indent=2) + "\n").encode())
         wait_for_all("the drawing is described")
         _check_same(path, parts)
         yield
-    finally:
-        os.close(descriptor)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder's lock, taken. Raises InputError where another drawing has it."""
+    path = folder / LOCK
+    with path.open("ab") as file:
+        # One that ends removes the file: that which was opened before may no longer be the one that others find.
+        if not hold(file.fileno(), folder) or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise InputError(f"another process is drawing into {folder}: wait for it, or stop it")
+        yield
 
 
 def _check_same(path: Path, parts: Parts) -> None:
@@ -262,3 +266,13 @@ def _read(parts: Parts, each: Range) -> UInt8[np.ndarray, "B H W C"]:
     if images is None:
         raise InputError(f"{parts.path(each)} is damaged: the same command draws its images again")
     return images
+
+
+def _remove_traces(parts: Parts, out: Path, kind: str) -> None:
+    """Remove what lies there besides the output, the lock last, and while it is held."""
+    if kind == "":
+        remove_debris(out, "*.png")
+    else:
+        remove_debris(out.parent, glob.escape(out.name))
+    parts.clear()
+    (parts.folder / LOCK).unlink(missing_ok=True)

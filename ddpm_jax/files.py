@@ -1,8 +1,10 @@
 """Files: written whole or not at all, and where what is kept between runs lies."""
 
 import os
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,12 +13,13 @@ from typing import BinaryIO
 def whole_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     """A file to write that takes its name only when it is whole; what was there before stays until then.
 
-    A durable one survives a crash of the machine from then on; that takes the time of writing it to the disk.
+    Several programs may write it at once: each has a temporary file of its own, and the last one that is whole stays. A durable
+    one survives a crash of the machine from then on; that takes the time of writing it to the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
         if durable:
             sync(temporary)
@@ -25,6 +28,20 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_debris(folder: Path, name: str = "*", seconds: float = 0.0) -> None:
+    """Remove temporary files that killed programs have left of `whole_file`, as far as that is possible.
+
+    Args:
+        folder: where they lie; it needn't be there.
+        name: pattern of the names that the files were to have.
+        seconds: 0 where nobody else is writing such files now; otherwise those stay that were written to within so many.
+    """
+    for path in folder.glob(f".{name}.{8 * '[0-9a-f]'}.tmp"):
+        with suppress(OSError):
+            if not seconds or time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
 
 
 def sync(path: Path) -> None:

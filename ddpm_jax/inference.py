@@ -165,10 +165,11 @@ class Model:
 
     def network_fn(
         self, xt: Float[Array, "B H W C"], t: Int[Array, " B"], labels: Int[Array, " B"] | None = None
-    ) -> Float[Array, "B H W C"]:
+    ) -> Float[Array, "B H W O"]:
         """The raw network: eps, x0 or v, as config.diffusion.prediction says, for noisy images in the model's range.
 
-        Labels are those of `UNet`. It may take part in a compiled program, and be differentiated.
+        With a learned variance O = 2 C, and the second half tells it; otherwise O = C. Labels are those of `UNet`. It may take
+        part in a compiled program, and be differentiated.
         """
         if isinstance(xt, jax.core.Tracer):  # compiler options are for the outermost program alone
             return bind(make_network(self.config), self.params, labels)(xt, t)
@@ -215,7 +216,7 @@ class Model:
             num_images: N >= 1.
             seed: 0 ... 2^32 - 1.
             sampler: algorithm; this and the next five are those of config.sample where not given, see `ddpm_jax.sample`.
-            num_steps: network evaluations for each image.
+            num_steps: steps from noise to image; `heun` evaluates the network twice in each.
             eta: noise of ddim.
             spacing: which timesteps are visited.
             threshold: what is done with an x0 outside [-1, 1].

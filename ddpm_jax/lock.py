@@ -1,4 +1,4 @@
-"""One writer for each run folder."""
+"""One writer for each folder."""
 
 import fcntl
 import logging
@@ -19,9 +19,7 @@ logger = logging.getLogger("ddpm_jax")
 def locked(workdir: Path) -> Iterator[None]:
     """Hold a run folder, made where it is absent, for this process alone.
 
-    The lock is the kernel's (flock), on the file .lock, and goes with the process however it ends; the file stays, and what
-    it says is for people. On NFS it holds between hosts since Linux 2.6.12; on a file system without locks, such as Lustre
-    mounted without them, there is a warning instead.
+    The lock is on the file .lock, see `hold`; the file stays, and what it says is for people.
 
     Raises:
         InputError: another process holds the folder, or it can't be written.
@@ -32,16 +30,28 @@ def locked(workdir: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"can't write to run folder {workdir}: {error.strerror}: choose another --workdir") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not hold(file.fileno(), workdir):
             file.seek(0)
             holder = file.readline(200).strip() or "another process"
-            raise InputError(f"{workdir} is in use by {holder}: wait for it, stop it, or choose another --workdir") from error
-        except OSError as error:
-            logger.warning("%s can't be locked (%s): see to it that nothing else writes there", workdir, error.strerror)
+            raise InputError(f"{workdir} is in use by {holder}: wait for it, stop it, or choose another --workdir")
         _say_who(file.fileno())
         yield
+
+
+def hold(descriptor: int, folder: Path, wait: bool = False) -> bool:
+    """Lock a file that is open for writing, for this process until it is closed. Where another has it: wait, or False.
+
+    The lock is the kernel's (flock) and goes with the process however it ends. On NFS that of a file holds between hosts since
+    Linux 2.6.12, and that of a folder does not; on a file system without locks, such as Lustre mounted without them, there is a
+    warning that names the folder.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s can't be locked (%s): see to it that nothing else writes there", folder, error.strerror)
+    return True
 
 
 def _say_who(descriptor: int) -> None:

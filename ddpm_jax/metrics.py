@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 from rich.console import Console
 from rich.highlighter import NullHighlighter
@@ -23,6 +22,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from ddpm_jax.errors import InputError
 from ddpm_jax.files import whole_file
+from ddpm_jax.json_lines import parse_records
 
 logger = logging.getLogger("ddpm_jax")
 console = Console(stderr=True)
@@ -47,19 +47,19 @@ class MetricsWriter:
 
     Args:
         workdir: the run folder.
-        start: the step that a run goes on from: what was recorded after it is removed, as it comes again. None: all stays.
+        start: the step that the run goes on from, or 0: what was recorded after it is removed, as it comes again.
     """
 
-    def __init__(self, workdir: Path, start: int | None = None) -> None:
+    def __init__(self, workdir: Path, start: int) -> None:
         self._path, self._start = workdir / "metrics.jsonl", start
         with self._explained():
             before = self._path.read_bytes() if self._path.exists() else b""
-            kept = b"".join(line + b"\n" for line in before.splitlines() if start is None or _step_of(line) <= start)
+            kept = b"".join(line + b"\n" for line in before.splitlines() if _step_of(line) <= start)
             if kept != before:  # also where the last line of a killed run is torn
                 with whole_file(self._path) as file:
                     file.write(kept)
             self._file = self._path.open("a")
-        self._events: _Events | None = None  # made by the first record: a run with nothing left to do has none
+        self._events: Events | None = None  # made by the first record: a run with nothing left to do has none
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add one record. Raises InputError where it can't be written."""
@@ -67,7 +67,7 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step} | values) + "\n")
             self._file.flush()
             if self._events is None:
-                self._events = _Events(self._path.parent, self._start or 0)
+                self._events = Events(self._path.parent, self._start)
             self._events.write(step, values)
 
     def close(self) -> None:
@@ -87,27 +87,29 @@ class MetricsWriter:
             raise InputError(f"{self._path} can't be written: {error.strerror}; {again}") from error
 
 
-class _Events:
+class Events:
     """TensorBoard's event file, written in this thread: that of SummaryWriter, and what it does at exit, print tracebacks where
     the disk is full. Where a run goes on, TensorBoard is told to forget what came after `start`.
     """
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, flush_seconds: float = FLUSH_SECONDS) -> None:
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        self._flushed = -FLUSH_SECONDS
+        self._flush_seconds, self._flushed = flush_seconds, -flush_seconds
         if start:
             self._writer.write_event(
                 Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START))
             )
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Add a point to each curve."""
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+        if time.monotonic() - self._flushed >= self._flush_seconds:
             self._writer.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
+        """Write what is held back, and close the file."""
         self._writer.close()
 
 
@@ -121,13 +123,8 @@ def _step_of(line: bytes) -> int:
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl by rising step, the newest of each (runs resume); torn lines are skipped."""
-    records = {}
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-            records[record["step"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    found = parse_records((workdir / "metrics.jsonl").read_bytes())
+    records = {record["step"]: record for record in found if isinstance(record.get("step"), int)}
     return [records[step] for step in sorted(records)]
 
 
@@ -136,7 +133,9 @@ def plot_loss(workdir: Path) -> None:
     records = read_metrics(workdir)
     if not records:
         return
-    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
+    from matplotlib.figure import Figure  # here, because it would be a fifth of every program's start
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([r["step"] for r in records], [r.get("loss", math.nan) for r in records], linewidth=1.5)
     axes.set(xlabel="step", ylabel="loss (mean squared error)", yscale="log", title="Training loss")

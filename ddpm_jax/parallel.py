@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ddpm_jax.errors import InputError
 from ddpm_jax.files import cache_folder
+from ddpm_jax.processes import wait_for_all
 
 # XLA's CPU compiler gives some operations to a library that is several times slower than XLA's own code for the weight
 # gradients of convolutions. This keeps it to reductions; the numbers are the same up to rounding.
@@ -190,7 +191,10 @@ def run_once(mesh: Mesh, function: Callable[[], Any], shardings: PyTree = None) 
 
 
 def compile_at_first_call(program: Any) -> Callable[..., Any]:
-    """A jitted program as a function for arguments like those of its first call, with less memory in use than jit's own."""
+    """A jitted program as a function for arguments like those of its first call, with less memory in use than jit's own.
+
+    Of several processes none runs it before all have compiled it: in its first exchange Gloo waits 30 seconds for the others.
+    """
     compiled: Callable[..., Any] | None = None
 
     def call(*arguments: Any) -> Any:
@@ -201,6 +205,7 @@ def compile_at_first_call(program: Any) -> Callable[..., Any]:
             _release_memory()
             compiled = lowered.compile()
             _release_memory()
+            wait_for_all("the program is compiled")
         return compiled(*arguments)
 
     return call

@@ -18,6 +18,7 @@ from jax._src import distributed  # the service's client has no public name; Orb
 from ddpm_jax.errors import InputError
 
 DAY = 24 * 3600 * 1000  # milliseconds: others may read data for hours, and whether they live, the service watches
+LONGEST = 24 * DAY  # at a barrier, which can't be waited for again once it has failed; 31 bits hold no more whole days
 SHOWN_WITHIN = 10.0  # seconds in which a network file system shows a new file everywhere
 
 _rounds: collections.Counter[str] = collections.Counter()
@@ -65,7 +66,7 @@ def from_all(name: str, value: str) -> list[str]:
     _rounds[name] += 1
     client = _client()
     client.key_value_set(f"{place}/{process_index():06}", value)
-    client.wait_at_barrier(place, DAY)
+    client.wait_at_barrier(place, LONGEST)
     return [text for _, text in sorted(client.key_value_dir_get(f"{place}/"))]
 
 

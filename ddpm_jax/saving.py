@@ -23,7 +23,9 @@ from ddpm_jax.processes import is_first, wait_for_all
 from ddpm_jax.storage import Background, hush_leftovers, newest_first, reason, remove_checkpoint, remove_leftovers, within
 from ddpm_jax.training.state import TrainState
 
-NO_LIMIT = 10**8  # seconds: Orbax measures its limit by the wall clock, which may jump; train.storage_timeout holds instead
+# 95 years in seconds: Orbax measures its limit by the wall clock, which may jump, and train.storage_timeout holds instead.
+# Threads can't wait for more than 9e9 seconds.
+NO_LIMIT = 3 * 10**9
 
 
 def item_name(name: str) -> str:

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from ddpm_jax.errors import StorageHangError, first_line
@@ -105,14 +104,14 @@ def hush_leftovers() -> None:
     Its coroutines are dropped before they were awaited, and TensorStore calls back into an event loop that is closed.
     """
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-    if sys.excepthook is not _hook:
-        _others.append(sys.excepthook)
-        sys.excepthook = _hook
+    if sys.unraisablehook is not _hook:
+        _others.append(sys.unraisablehook)
+        sys.unraisablehook = _hook
 
 
-_others: list[Callable[[type[BaseException], BaseException, TracebackType | None], object]] = []
+_others: list[Callable[["sys.UnraisableHookArgs"], object]] = []
 
 
-def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        _others[-1](kind, error, trace)
+def _hook(what: "sys.UnraisableHookArgs") -> None:
+    if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+        _others[-1](what)

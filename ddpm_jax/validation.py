@@ -74,6 +74,8 @@ def validate(config: "Config") -> None:
     for name, values in {"optim.ema_decays": o.ema_decays, "optim.ema_lengths": o.ema_lengths}.items():
         _require(len(set(values)) == len(values), name, values, "each value only once")
     _require(0 <= config.data.max_unusable < 1, "data.max_unusable", config.data.max_unusable, "must lie in [0, 1)")
+    shape = config.data.image_shape
+    _require(shape is None or min(shape) > 0, "data.image_shape", shape, "must be numbers above 0")
     _require(0 <= s.eta <= 1, "sample.eta", s.eta, "must lie in [0, 1]")
     _require(m.channels >= 4, "model.channels", m.channels, "must be 4 or more")
     _require(0 <= (m.frequency_shift or 0) < m.channels // 2, "model.frequency_shift", m.frequency_shift,

@@ -18,8 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def load_script(path: str) -> ModuleType:
-    """A script of the repository, such as "train.py", as a module."""
+    """A script of the repository, such as "train.py", as a module; it finds its neighbours by name, as when it is run."""
     file = ROOT / path
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # dataclasses and tyro look their module up

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,18 @@ class Running:
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
         self.process.send_signal(number)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let it stand still meanwhile. Raises RuntimeError where it has ended before."""
+        self.send(signal.SIGSTOP)
+        happened = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # until then it goes on
+        if happened is None or happened.si_code != os.CLD_STOPPED:
+            raise RuntimeError(f"ended before it was held:\n{self.errors}")
+        try:
+            yield
+        finally:
+            self.send(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it at once, if it is still there."""

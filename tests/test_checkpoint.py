@@ -14,6 +14,7 @@ import pytest
 from helpers import replace_fields
 from orbax.checkpoint import v1 as ocp
 
+from ddpm_jax import checkpoint, saving
 from ddpm_jax.checkpoint import (
     abstract_like,
     check_run_folder,
@@ -21,6 +22,7 @@ from ddpm_jax.checkpoint import (
     newest_step,
     read_config,
     restore_newest,
+    run_folder,
     write_config,
 )
 from ddpm_jax.config import HARMLESS, Config, DataConfig, TrainConfig, override
@@ -309,6 +311,25 @@ def test_a_run_whose_checkpoints_are_all_unreadable_does_not_start_again(run):
     assert names(run) == ["10", "20", "30"]
 
 
+def test_arrays_are_read_only_where_every_process_has_the_description(run, monkeypatch, log):
+    """Another process, which is played here, can't read that of the newest checkpoint."""
+    asked, read = [], []
+
+    def anywhere(flag):
+        asked.append(flag)
+        return flag or len(asked) == 1
+
+    def read_items(path, *rest):
+        read.append(path.name)
+        return saving.read_items(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "anywhere", anywhere)
+    monkeypatch.setattr(checkpoint, "read_items", read_items)
+    assert_same_bits(restore_newest(run, abstract()), make_state(20))
+    assert asked == [False] * 3 and read == ["20"]
+    assert "30 can't be read (another process can't read it): put aside as 30.damaged" in log.text
+
+
 # --- interrupted saves
 
 
@@ -443,3 +464,23 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         with pytest.raises(InputError, match=r"can't write to run folder .*: choose another --workdir"):
             write_config(workdir, CONFIG)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_where_the_config_is_lost_and_the_newest_checkpoint_damaged_the_one_before_knows(run):
+    (run / "config.json").unlink()
+    for step in ("30", "20"):
+        truncate(run / "checkpoints" / step / "_CHECKPOINT_METADATA")
+        check_run_folder(run, CONFIG)
+        with pytest.raises(InputError, match="seed: 0 -> 3"):
+            check_run_folder(run, override(CONFIG, {"seed": 3}))
+    truncate(run / "checkpoints" / "10" / "_CHECKPOINT_METADATA")
+    with pytest.raises(InputError, match=r"checkpoint .*30 (can't be read|holds no config)") as caught:
+        check_run_folder(run, CONFIG)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_written_beside_weights_lies_in_the_run_folder_or_beside_a_file(tmp_path):
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"")
+    assert run_folder(file) == tmp_path
+    assert run_folder(tmp_path) == run_folder(tmp_path / "checkpoints" / "20") == tmp_path

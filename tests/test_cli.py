@@ -125,7 +125,7 @@ def test_help_of_train(name, capsys, monkeypatch):
     """Every field of the config, with its sentence, and its value in the config file as the default."""
     path = ROOT / "configs" / f"{name}.py"
     text = help_text(train.main, ["--config", str(path)], capsys, monkeypatch)
-    texts, annotations = docstrings(ROOT / "ddpm_jax" / "config.py")
+    texts, annotations = docstrings(ROOT / "ddpm_jax" / "config" / "fields.py")
     fields = flatten(load_config(path))
     assert len(fields) > 40
     for field, default in fields.items():

@@ -218,6 +218,7 @@ def test_whole_numbers_are_floats_and_lists_are_tuples():
 
 BOUNDS = {  # the nearest values outside the range, and those at its ends
     "data.device_megabytes": ([-1], [0]),
+    "data.image_shape": ([(0, 0, 1), (28, 28, 0), (28, -28, 1)], [None, (1, 1, 1)]),
     "data.num_workers": ([0, -1], [1]),
     "data.max_unusable": ([-0.1, 1], [0]),
     "diffusion.num_steps": ([0, -3], [1000]),

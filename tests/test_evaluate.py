@@ -73,6 +73,7 @@ def fresh(run, tmp_path):
 def test_what_is_printed_and_written(fresh, images, capsys):
     evaluate.main(["--ckpt", str(fresh), "--metrics", "bpd,bpd_ode", "--num-images", "9", "--first-image", "2", "--seed", "3"])
     printed, written = json.loads(capsys.readouterr().out), json.loads((fresh / "evaluation.json").read_text())
+    assert [json.loads(line) for line in (fresh / "evaluations.jsonl").read_text().splitlines()] == [written]
     about = {
         "ckpt": str(fresh), "step": 3, "weights": "ema", "data": str(images), "first_image": 2, "num_images": 9, "seed": 3,
     }  # fmt: skip
@@ -80,6 +81,9 @@ def test_what_is_printed_and_written(fresh, images, capsys):
     assert written.keys() == {*about, "bpd", "bpd_ode"}
     assert len(written["bpd"].pop("L_t")) == 19
     assert printed == written
+    decisive = {"data": str(images), "split": "train", "first_image": 2, "num_images": 9, "seed": 3}
+    assert written["bpd"]["protocol"] == decisive | {"variance": "fixed_large", "evaluations": 20}
+    assert written["bpd_ode"]["protocol"] == decisive | {"ode_steps": 20, "ode_probes": 1}
     model, image_set = load(fresh), load_images(DataConfig(source=str(images)))
     for metric in ("bpd", "bpd_ode"):
         expected = evaluate_bits_per_dim(model, image_set, fresh / "bits_per_dim.jsonl", Scoring(metric, seed=3), 2, 9)
@@ -113,9 +117,57 @@ def test_options_reach_what_they_name(fresh, tmp_path, capsys, monkeypatch):
         assert path == fresh / "bits_per_dim.jsonl"
         assert scoring == Scoring(metric, seed=4, ode_steps=7, ode_probes=5)
         assert rest == [1, 3, 2]
-    assert json.loads(out.read_text())["bpd"] == {"bits_per_dim": 4.5, "L_t": [0.5]}
-    assert json.loads(capsys.readouterr().out)["bpd"] == {"bits_per_dim": 4.5}
+    written, printed = json.loads(out.read_text()), json.loads(capsys.readouterr().out)
+    assert written["bpd_ode"]["protocol"].items() >= {"data": str(other), "ode_steps": 7, "ode_probes": 5, "seed": 4}.items()
+    assert printed["bpd"] == {"bits_per_dim": 4.5, "protocol": written["bpd"]["protocol"]}
+    assert written["bpd"] == printed["bpd"] | {"L_t": [0.5]}
     assert not (fresh / "evaluation.json").exists()
+    assert json.loads((fresh / "evaluations.jsonl").read_text()) == written
+
+
+def scores(monkeypatch, *values):
+    """evaluate.py finds these bits/dim, one after the other."""
+    found = iter(values)
+    monkeypatch.setattr(evaluate, "evaluate_bits_per_dim", lambda *arguments: {"bits_per_dim": next(found)})
+
+
+def test_no_result_is_lost_to_a_later_one(fresh, tmp_path, capsys, monkeypatch):
+    """Nor to a line that was torn in between; evaluation.json is the newest that --out doesn't take."""
+    scores(monkeypatch, 4.0, 5.0, 6.0)
+    evaluate.main(["--ckpt", str(fresh)])
+    evaluate.main(["--ckpt", str(fresh), "--weights", "raw"])
+    path = fresh / "evaluations.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "wei')
+    evaluate.main(["--ckpt", str(fresh), "--out", str(tmp_path / "out.json")])
+    first, second, torn, third = path.read_text().splitlines()
+    kept = [json.loads(line) for line in (first, second, third)]
+    assert torn == '{"step": 3, "wei'
+    assert [(each["weights"], each["bpd"]["bits_per_dim"]) for each in kept] == [("ema", 4.0), ("raw", 5.0), ("ema", 6.0)]
+    assert json.loads((fresh / "evaluation.json").read_text()) == kept[1]
+    assert json.loads((tmp_path / "out.json").read_text()) == kept[2]
+
+
+def test_a_result_that_can_not_be_written_is_printed_and_kept(fresh, tmp_path, capsys, monkeypatch):
+    scores(monkeypatch, 4.0)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        evaluate.main(["--ckpt", str(fresh), "--out", str(tmp_path / "file" / "out.json")])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["bpd"]["bits_per_dim"] == 4.0
+    assert json.loads((fresh / "evaluations.jsonl").read_text()) == printed
+
+
+def test_another_part_of_a_set():
+    """--split is that of --data, or of what the run was trained with."""
+    run, other = DataConfig(source="tfds:cifar10"), DataConfig(source="hf:digits")
+    for options, source, split in (
+        ({}, "tfds:cifar10", "train"),
+        ({"split": "test"}, "tfds:cifar10", "test"),
+        ({"split": "test", "data": "hf:digits"}, "hf:digits", "test"),
+    ):
+        found = evaluate._data(run, evaluate.Arguments(**options))
+        assert (found.source, found.split) == (source, split)
+    assert evaluate._data(other, evaluate.Arguments()) == other
 
 
 def test_help_names_every_option_and_metric(capsys):
@@ -142,14 +194,29 @@ def test_help_names_every_option_and_metric(capsys):
         (["--metrics", "bpd_ode", "--ode-steps", "21"], ["ode_steps = 21", "2 ... 20"]),
         (["--metrics", "bpd_ode", "--ode-probes", "0"], ["ode_probes = 0"]),
         (["--data", "nowhere.npz"], ["nowhere.npz"]),
+        (["--split", "test"], ["split = 'test'", "no splits"]),
+        (["--data", "fashion_mnist", "--split", "test"], ["split = 'test'", "fashion_mnist has no splits"]),
         (["--out", "."], ["--out", "folder"]),
         (["--weights", "best"], ["best"]),
+        (["--weights", "decay:0.5"], ["decay:0.5", "ema or raw"]),
+        (["--metrics", "bpd,fid", "--first-image", "3"], ["first_image = 3", "fid"]),
+        (["--data", "real.npz", "--stats", "stats.npz"], ["--data", "--stats", "one of them"]),
         (["--num-image", "3"], ["num-image", "num-images"]),
     ],
 )
 def test_bad_input_is_one_line(run, options, fragments):
     one_line_error(evaluate.main, ["--ckpt", str(run), *options], fragments=fragments)
-    assert not (run / "evaluation.json").exists()
+    assert not (run / "evaluation.json").exists() and not (run / "evaluations.jsonl").exists()
+
+
+def test_data_that_are_not_known_must_be_named(run, images, monkeypatch):
+    """Of a model that another program has trained."""
+    model = load(run)
+    config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, source="unknown"))
+    monkeypatch.setattr(evaluate, "load", lambda path, weights: dataclasses.replace(model, config=config))
+    for metrics in ("bpd", "fd_efficientnet_lite0", "fid,is"):
+        one_line_error(evaluate.main, ["--ckpt", str(run), "--metrics", metrics], fragments=["--data is missing", str(run)])
+    one_line_error(evaluate.main, ["--ckpt", str(run), "--data", str(images), "--num-images", "41"], fragments=["0 ... 39"])
 
 
 def test_there_must_be_a_run(tmp_path):

@@ -1,5 +1,6 @@
 """evaluate.py for drawn images: what is printed and written, going on, and one line for what can't be measured."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -13,6 +14,7 @@ from helpers import load_script, one_line_error
 from ddpm_jax import load
 from ddpm_jax.checkpoint import write_config
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, SampleConfig
+from ddpm_jax.data import ImageSet
 from ddpm_jax.evaluation import features, samples
 from ddpm_jax.evaluation.distance import frechet_distance
 from ddpm_jax.evaluation.kernel_distance import kernel_distance
@@ -92,7 +94,8 @@ def test_a_run_beside_its_data(run, images, capsys, caplog):
     np.testing.assert_allclose(found["kid_efficientnet_lite0"]["value"], kernel_distance(drawn, real).value, rtol=1e-6)
     protocol = found["fd_efficientnet_lite0"]["protocol"]
     assert protocol["network"] == "efficientnet_lite0" and protocol["network_sha256"] == "0" * 64
-    assert protocol["reference"] == {"data": str(images), "split": "train", "num_images": 40, "image_shape": [8, 8, 1]}
+    about = {"data": str(images), "split": "train", "num_images": 40, "image_shape": [8, 8, 1], "framing": "center"}
+    assert protocol["reference"] == about
     about = {"num_images": 20, "step": 3, "weights": "ema", "seed": 3, "sampler": "ddim", "num_steps": 4, "evaluations": 4}
     assert {name: protocol["images"][name] for name in about} == about
     assert "uint8" in protocol["images"]["rounding"]
@@ -154,6 +157,34 @@ def test_real_images_of_another_size_are_framed(images, tmp_path, capsys):
     assert found["fid"]["value"] < 1e-6  # shrunk by a whole factor they are the same
 
 
+def test_options_of_drawing_are_those_of_the_config(run):
+    given = {
+        "sampler": "ddim", "num_steps": 7, "eta": 0.5, "spacing": "trailing", "threshold": "dynamic", "guidance": 1.0,
+        "guidance_interval": (0.1, 2.0), "guidance_rescale": 0.5,
+    }  # fmt: skip
+    assert given.keys() == set(samples.DRAWING_OPTIONS)
+    model = load(run)
+    drawing = samples.Drawing.of(model, run, samples.SampleOptions(**given), 0, 4)
+    assert drawing.config.sample == dataclasses.replace(model.config.sample, batch_size=4, **given)
+    assert samples.Drawing.of(model, run, samples.SampleOptions(), 0, None).config == model.config
+
+
+@pytest.mark.parametrize("framing", ["pad", "random"])
+def test_real_images_are_framed_as_in_training(framing, tmp_path):
+    """Padded where they are padded there; where they are cropped at random, the piece from the middle."""
+    generator = np.random.default_rng(2)
+    small, drawn = (generator.integers(0, 256, (20, 8, width, 1), dtype=np.uint8) for width in (4, 8))
+    tall = small.repeat(2, axis=1).repeat(2, axis=2)  # 16x8
+    np.save(tmp_path / "tall.npy", tall)
+    expected = np.pad(small, ((0, 0), (0, 0), (2, 2), (0, 0)), constant_values=255) if framing == "pad" else tall[:, 4:12]
+    metric, data = "fd_efficientnet_lite0", DataConfig(source=str(tmp_path / "tall.npy"), framing=framing)
+    found = samples.evaluate_samples([metric], ImageSet(drawn), samples.SampleOptions(), data)[metric]
+    network = fake_network("efficientnet_lite0")
+    distance = frechet_distance(*(network.outputs(images)["pool"] for images in (drawn, expected)))
+    np.testing.assert_allclose(found["value"], distance, rtol=1e-6)
+    assert found["protocol"]["reference"]["framing"] == {"pad": "pad", "random": "center"}[framing]
+
+
 def test_bits_per_dim_beside_them(run, capsys):
     found = measure(capsys, "--ckpt", run, "--metrics", "bpd,fid", "--num-images", "12")
     assert found["num_images"] == 12
@@ -180,6 +211,11 @@ def test_too_few_images_is_one_line(images, tmp_path):
         (["--metrics", "is", "--save-stats", "s.npz"], ["--save-stats", "--data"]),
         (["--metrics", "is,kid", "--save-stats", "s.npz", "--data", "IMAGES"], ["--save-stats", "fid"]),
         (["--metrics", "fid", "--save-stats", "s.npz", "--stats", "IMAGES"], ["--save-stats", "--data"]),
+        (["--metrics", "fid", "--data", "IMAGES", "--stats", "IMAGES"], ["--data", "--stats", "one of them"]),
+        (["--metrics", "is", "--first-image", "8"], ["first_image = 8", "is"]),
+        (["--metrics", "is", "--sampler", "ddim"], ["--sampler", "--images"]),
+        (["--metrics", "is", "--weights", "raw"], ["--weights", "--images"]),
+        (["--metrics", "is", "--seed", "1", "--guidance-interval", "0.1", "2"], ["--guidance-interval, --seed", "--images"]),
     ],
 )
 def test_what_can_not_be_measured_is_one_line(images, options, fragments):
@@ -191,3 +227,13 @@ def test_a_run_or_images(run, images):
     one_line_error(evaluate.main, ["--ckpt", str(run), "--images", str(images)], fragments=["--ckpt", "--images"])
     one_line_error(evaluate.main, ["--metrics", "fid"], fragments=["--ckpt is missing", "--images"])
     one_line_error(evaluate.main, ["--ckpt", str(run), "--metrics", "fid", "--sampler", "best"], fragments=["best"])
+
+
+def test_what_can_not_be_scored_is_named_before_images_are_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_draw", pytest.fail)
+    options = ["--ckpt", str(run), "--metrics"]
+    one_line_error(evaluate.main, [*options, "fid,bpd_ode", "--ode-steps", "21"], fragments=["ode_steps = 21", "2 ... 20"])
+    one_line_error(evaluate.main, [*options, "fid,bpd", "--num-images", "41"], fragments=["images 0 ... 40"])
+    stats = tmp_path / "stats.npz"
+    np.savez(stats, mu=np.zeros(16), sigma=np.eye(16))
+    one_line_error(evaluate.main, [*options, "fid,sfid", "--stats", str(stats)], fragments=["stats.npz", "spatial", "--data"])

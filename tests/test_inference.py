@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +310,10 @@ def test_load_one_checkpoint(run, state, monkeypatch):
     assert loaded.step == 5
     assert_trees_equal(loaded.params, jax.tree.map(lambda x: x + np.float32(1), state.params))
     assert ddpm.load(run / "checkpoints" / "7").step == 7
+
+
+def test_the_name_of_a_run_folder_may_be_a_number(run, tmp_path):
+    assert ddpm.load(shutil.copytree(run, tmp_path / "5")).step == 7
 
 
 def test_a_loaded_model_draws_the_same_images(run, model, hundred):

@@ -1,17 +1,22 @@
 """The lock of a run folder, between real processes."""
 
+import errno
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import ROOT, one_line_error
 
 import ddpm_jax as ddpm
 from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from ddpm_jax.lock import locked
+from ddpm_jax.data.journal import claim
+from ddpm_jax.lock import hold, locked
 
 # Holds the lock with nothing but the system's call, as any other program might.
 HOLDER = """
@@ -83,6 +88,16 @@ def test_it_is_let_go_when_an_error_passes(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("take", [locked, claim])
+def test_where_there_are_no_locks_a_warning_names_the_folder(tmp_path, monkeypatch, caplog, take):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with take(tmp_path / "run"):
+        assert f"{tmp_path / 'run'} can't be locked (No locks available)" in caplog.text
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -100,3 +115,14 @@ def test_training_in_a_folder_in_use_changes_nothing_there(tmp_path, start):
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     one_line_error(ddpm.train, config, tmp_path, fragments=["is in use by process 123 on there"])
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_lock_may_be_waited_for(tmp_path, start):
+    process = start(HOLDER, tmp_path / ".lock")
+    with (tmp_path / ".lock").open("ab") as file, ThreadPoolExecutor(1) as pool:
+        assert not hold(file.fileno(), tmp_path)
+        waiting = pool.submit(hold, file.fileno(), tmp_path, wait=True)
+        time.sleep(0.2)
+        assert not waiting.done()
+        process.kill()
+        assert waiting.result(timeout=30)

@@ -19,8 +19,8 @@ from ddpm_jax import metrics
 from ddpm_jax.metrics import Meter, MetricsWriter, TrainProgress, plot_loss, read_metrics, sample_progress
 
 
-def write(workdir, *records):
-    writer = MetricsWriter(workdir)
+def write(workdir, *records, start=0):
+    writer = MetricsWriter(workdir, start)
     for step, values in records:
         writer.write(step, values)
     writer.close()
@@ -33,7 +33,7 @@ def test_records_read_back(tmp_path):
 
 
 def test_records_are_there_before_the_end(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, 0)
     writer.write(1, {"loss": 2.0})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
     writer.close()
@@ -48,7 +48,7 @@ def test_torn_last_line(tmp_path, keep):
     assert keep < len(second) - 1
     path.write_text(first + second[:keep])
     assert read_metrics(tmp_path) == [{"step": 10, "loss": 3.0}]
-    write(tmp_path, (20, {"loss": 1.0}))
+    write(tmp_path, (20, {"loss": 1.0}), start=10)
     assert read_metrics(tmp_path) == [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 1.0}]
 
 
@@ -56,14 +56,14 @@ def test_last_line_that_lacks_only_its_end(tmp_path):
     write(tmp_path, (10, {"loss": 3.0}))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().rstrip("\n"))
-    write(tmp_path, (20, {"loss": 1.0}))
+    write(tmp_path, (20, {"loss": 1.0}), start=10)
     assert [record["step"] for record in read_metrics(tmp_path)] == [10, 20]
 
 
 def test_the_newest_record_of_a_step_wins(tmp_path):
-    """A resumed run repeats the steps after its checkpoint."""
+    """Also where an earlier version of this program has left those that came again."""
     write(tmp_path, *((step, {"loss": step / 10}) for step in (10, 20, 30)))
-    write(tmp_path, *((step, {"loss": step / 100}) for step in (20, 30, 40)))
+    write(tmp_path, *((step, {"loss": step / 100}) for step in (20, 30, 40)), start=30)
     assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == [
         (10, 1.0),
         (20, 0.2),
@@ -76,7 +76,7 @@ def test_what_was_recorded_after_the_step_that_a_run_goes_on_from_is_removed(tmp
     write(tmp_path, *((step, {"loss": step / 10}) for step in (10, 20, 30)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4')
-    writer = MetricsWriter(tmp_path, start=20)
+    writer = MetricsWriter(tmp_path, 20)
     for step in (30, 40):
         writer.write(step, {"loss": step / 100})
     writer.close()
@@ -86,11 +86,11 @@ def test_what_was_recorded_after_the_step_that_a_run_goes_on_from_is_removed(tmp
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    one_line_error(MetricsWriter, tmp_path, fragments=["metrics.jsonl can't be written: Is a directory", "the same command"])
+    one_line_error(MetricsWriter, tmp_path, 0, fragments=["metrics.jsonl can't be written: Is a directory", "the same command"])
 
 
 def test_a_full_disk_is_one_line_and_closes(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, 0)
     with open("/dev/full", "wb") as full:  # noqa: PTH123, a device
         os.dup2(full.fileno(), writer._file.fileno())
     one_line_error(writer.write, 1, {"loss": 1.0}, fragments=["metrics.jsonl can't be written: No space left on device"])

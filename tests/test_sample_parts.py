@@ -234,6 +234,32 @@ def test_two_at_once_are_told_from_one_that_goes_on(drawn, tmp_path, monkeypatch
     np.testing.assert_array_equal(read_npz(out), EXPECTED)
 
 
+def test_the_lock_is_that_of_a_file_and_goes_with_the_parts(drawn, tmp_path, monkeypatch):
+    """NFS would tell no other host of a folder's."""
+    out, write, seen = tmp_path / "a.npz", drawing.Parts.write, []
+
+    def write_and_look(parts, each, images):
+        write(parts, each, images)
+        seen.append((parts.folder / ".lock").is_file())
+
+    monkeypatch.setattr(drawing.Parts, "write", write_and_look)
+    draw(out, ".npz")
+    assert seen and all(seen) and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_none(drawn, tmp_path, monkeypatch):
+    """By a drawing that has ended, while a third one has begun."""
+
+    def hold(descriptor, folder):
+        (folder / ".lock").rename(folder / "removed")
+        (folder / ".lock").touch()
+        return True
+
+    monkeypatch.setattr(drawing, "hold", hold)
+    one_line_error(draw, tmp_path / "a.npz", ".npz", fragments=["another process", "a.npz.parts"])
+    assert drawn == []
+
+
 def test_other_files_in_the_folder_of_the_parts_stay(drawn, tmp_path):
     out = tmp_path / "a.npz"
     parts_folder(out).mkdir()

@@ -27,6 +27,44 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+# Writes that go on when the event loop that waited for them has been closed.
+BROKEN_OFF = """
+import asyncio, logging, sys, time
+import numpy as np, tensorstore
+from ddpm_jax.storage import hush_leftovers
+
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+if sys.argv[2] == "hushed":
+    hush_leftovers()
+
+async def write():
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": sys.argv[1]}, "create": True,
+            "metadata": {"shape": [2000, 2000], "dtype": "<f4", "chunks": [100, 100]}}
+    await (await tensorstore.open(spec)).write(np.random.rand(2000, 2000).astype(np.float32))
+
+async def main():
+    task = asyncio.ensure_future(write())
+    await asyncio.sleep(0.05)
+
+loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+loop.close()
+time.sleep(2)
+class Other:
+    def __del__(self):
+        raise ValueError("another error")
+Other()
+"""
+
+
+@pytest.mark.parametrize("how", ["hushed", "aloud"])
+def test_nothing_is_printed_of_an_event_loop_that_was_closed(tmp_path, how):
+    command = [sys.executable, "-c", BROKEN_OFF, tmp_path / "array", how]
+    errors = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).stderr
+    assert "another error" in errors
+    assert ("Event loop is closed" in errors) == (how == "aloud"), errors
+
+
 # --- limits of time
 
 

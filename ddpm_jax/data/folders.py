@@ -7,7 +7,7 @@ Archives are not opened: unpack them first.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, UInt8
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decoding import UnusableImage, decode
+from ddpm_jax.data.encoded import find_frame
 from ddpm_jax.data.folder_index import Entry, cache_path, folder_index, read_file, shown
 from ddpm_jax.data.framing import Frame
 from ddpm_jax.data.image_set import ImageSet, StoredImages
@@ -57,20 +58,31 @@ def load_folder(path: Path, config: DataConfig) -> ImageSet:
     """The images of a folder, decoded when they are asked for, with the first level of folders as classes.
 
     Raises:
-        InputError: data.image_shape is missing, there are no images, or more than data.max_unusable of them are unusable.
+        InputError: images of several sizes without data.image_shape, no images, or more than data.max_unusable are unusable.
     """
-    if config.image_shape is None:
-        raise InputError(f"data.image_shape must be given for the images in {path}: for example --data.image-shape 64 64 3")
-    folder, frame = path.resolve(), Frame.of(config)
+    folder = path.resolve()
     index = folder_index(folder, config.num_workers)
     if not index:
         raise InputError(f"{path} holds no images: no file in it ends in .png, .jpg, .jpeg, .webp or .bmp (links don't count)")
+    frame = _frame(path, config, folder, index)
     unusable = {name: reason for name, entry in index.items() if (reason := _why_unusable(entry, frame))}
     if unusable:
         _report(path, unusable, len(index), config.max_unusable)
     names = [name for name in index if name not in unusable]
     labels, class_names = _classes(path, names)
     return ImageSet(FolderImages(folder, names, frame), labels, class_names)
+
+
+def _frame(path: Path, config: DataConfig, folder: Path, index: Mapping[str, Entry]) -> Frame:
+    """The frame that a config asks for; where it names no shape, that of the images, which then have one size."""
+    if config.image_shape is not None:
+        return Frame.of(config)
+    usable = [name for name, entry in index.items() if not entry.reason]
+    if len({(index[name].width, index[name].height) for name in usable}) > 1:
+        raise InputError(f"{path} holds images of several sizes: data.image_shape must be given, such as 64 64 3")
+    if not usable:
+        return Frame(1, 1, 3)  # for none of them: all will be named
+    return find_frame(config, len(usable), lambda places: [read_file(f"{folder}/{usable[place]}") for place in places])
 
 
 def _why_unusable(entry: Entry, frame: Frame) -> str:

@@ -1,6 +1,5 @@
 """The folder of a preparation: one writer, a journal of what is finished, and files that are there whole or not at all."""
 
-import fcntl
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from typing import BinaryIO
 from ddpm_jax.data.records import JOURNAL, MANIFEST, Manifest, StoredFile
 from ddpm_jax.errors import InputError
 from ddpm_jax.files import sync
+from ddpm_jax.lock import hold
 
 OWN_NAMES = re.compile(r"\.?(shard-\d{5}-of-\d{5}\.array_record|manifest\.json|labels\.npy)(\.partial)?|preparation\.jsonl")
 
@@ -47,10 +47,8 @@ def claim(out: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise InputError(f"{out} can't be written: {error.strerror}") from error
     with journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is preparing {out}: wait for it, or stop it") from error
+        if not hold(journal.fileno(), out):
+            raise InputError(f"another process is preparing {out}: wait for it, or stop it")
         try:
             yield journal
         finally:

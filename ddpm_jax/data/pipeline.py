@@ -49,10 +49,8 @@ def batches(config: Config, image_set: ImageSet, mesh: Mesh, starts: Iterable[in
     order = image_order(config, image_set)
     labels = image_set.labels if config.model.num_classes is not None else None
     if stays_on_device(config, image_set):
-        images = image_set.images
-        if isinstance(images, StoredImages):
-            images = read_all(images, config.data.num_workers)
-        yield from _indexed(config, Batch(images, labels), order, mesh, starts)
+        # Without a name here, which would keep what is decoded in the host's memory for as long as the generator lives.
+        yield from _indexed(config, Batch(_pixels(image_set.images, config.data.num_workers), labels), order, mesh, starts)
     else:
         yield from _streamed(config, image_set.images, labels, order, mesh, starts)
 
@@ -75,6 +73,10 @@ def stays_on_device(config: Config, image_set: ImageSet) -> bool:
     """Whether a set is small enough to lie on every device, and the same in each epoch."""
     changes = isinstance(image_set.images, StoredImages) and config.data.framing == "random"
     return image_set.images.nbytes <= config.data.device_megabytes * 2**20 and not changes
+
+
+def _pixels(images: np.ndarray | StoredImages, num_workers: int) -> Shaped[np.ndarray, "N H W C"]:
+    return read_all(images, num_workers) if isinstance(images, StoredImages) else images
 
 
 def read_all(images: StoredImages, num_workers: int) -> Shaped[np.ndarray, "N H W C"]:

@@ -26,12 +26,15 @@ from ddpm_jax.data.framing import Frame
 from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.tfrecords import Part, TfRecords
 from ddpm_jax.errors import InputError, joined_lines
+from ddpm_jax.lock import hold
 
 FORMAT, OLDER_FORMAT = "array_record", "tfrecord"
 COMMAND = "python -m ddpm_jax.data.tfds_preparation"
 RECORDS_AT_ONCE = 1024  # when labels are read
 # The name of a builder, its config and its version.
 NAME = re.compile(r"(?P<builder>[a-z]\w*)(?:/(?P<config>[\w+.-]+))?(?::(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?")
+
+logger = logging.getLogger("ddpm_jax")
 
 
 def load_tfds(name: str, config: DataConfig) -> ImageSet:
@@ -46,10 +49,7 @@ def load_tfds(name: str, config: DataConfig) -> ImageSet:
     with _quiet():
         builder = _on_disk(name)
         if builder is None:
-            _prepare(name)
-            builder = _on_disk(name)
-        if builder is None:
-            raise InputError(f"tfds:{name} was prepared, but can't be found in {data_folder()}")
+            builder = _prepared(name)
         image, label = _image_feature(name, builder), _label_feature(builder)
         records = _open_split(name, builder, config.split)
 
@@ -112,14 +112,43 @@ def _on_disk(name: str) -> Any:
     return builder
 
 
-def _prepare(name: str) -> None:
-    """Download and prepare a set in a process of its own, whose progress is shown. Raises InputError."""
+def _prepared(name: str) -> Any:
+    """The builder of a set that is prepared here and now, unless another process has just done so. Raises InputError."""
     _check_name(name)
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(
             f"tfds:{name} isn't prepared in {data_folder()}: `pip install tensorflow` and give the same command again, or copy"
             f" there what `{COMMAND} {name}` has written on another machine"
         )
+    with _alone(name):
+        builder = _on_disk(name)
+        if builder is None:
+            _prepare(name)
+            builder = _on_disk(name)
+    if builder is None:
+        raise InputError(f"tfds:{name} was prepared, but can't be found in {data_folder()}")
+    return builder
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """While no other process prepares the set, in whichever config: others are waited for. Raises InputError."""
+    path = data_folder() / f".{re.split('[/:]', name)[0]}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        what = f"tfds:{name} can't be prepared in {path.parent}: {error.strerror}"
+        raise InputError(f"{what}: set TFDS_DATA_DIR to another folder") from error
+    with file:
+        if not hold(file.fileno(), path.parent):
+            logger.info("waiting for another process, which prepares tfds:%s", name)
+            hold(file.fileno(), path.parent, wait=True)
+        yield
+
+
+def _prepare(name: str) -> None:
+    """Download and prepare a set in a process of its own, whose progress is shown. Raises InputError."""
     # No accelerator for it, no search for Google's metadata servers, no word of TensorFlow.
     settings = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "NO_GCE_CHECK": "true", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, *COMMAND.split()[1:], name]
@@ -229,9 +258,9 @@ def _frame(config: DataConfig, shape: tuple[int | None, ...], num_images: int, f
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The library's log, which says again what is raised, stays out of the terminal."""
-    logger = logging.getLogger("absl")
-    before, logger.level = logger.level, logging.CRITICAL
+    absl = logging.getLogger("absl")
+    before, absl.level = absl.level, logging.CRITICAL
     try:
         yield
     finally:
-        logger.level = before
+        absl.level = before

@@ -157,9 +157,9 @@ def spaced_timesteps(
         raise ValueError(f"cannot take {num_steps} sampling steps of a {total_steps}-step process: choose 1 to {total_steps}")
     last = total_steps - 1
     if spacing == "uniform":
-        steps = np.linspace(last, 0, num_steps)[::-1]
+        steps = np.linspace(0 if num_steps > 1 else last, last, num_steps)
     elif spacing == "trailing":
-        steps = np.arange(total_steps, 0, -total_steps / num_steps)[:num_steps][::-1] - 1
+        steps = np.round(np.arange(total_steps, 0, -total_steps / num_steps)[:num_steps][::-1]) - 1
     elif spacing == "quadratic":
         steps = np.linspace(math.sqrt(last), 0, num_steps)[::-1] ** 2
     elif spacing not in get_args(Spacing):

@@ -32,10 +32,11 @@ from ddpm_jax.diffusion.likelihood import bits_per_dim, ode_bits_per_dim
 from ddpm_jax.diffusion.process import make_denoiser
 from ddpm_jax.errors import InputError
 from ddpm_jax.inference import Model, make_network
+from ddpm_jax.json_lines import read_records
 from ddpm_jax.metrics import sample_progress
 from ddpm_jax.models import bind
 from ddpm_jax.parallel import batch_sharding, compile_for, put, replicated
-from ddpm_jax.processes import is_first, wait_for_all
+from ddpm_jax.processes import check_shared, is_first, wait_for_all
 from ddpm_jax.ranges import Range, batches, gaps, one_behind, rows_of_range
 from ddpm_jax.training.step import to_float
 from ddpm_jax.validation import config_schedule
@@ -60,6 +61,13 @@ class Scoring:
     """Timesteps that the ODE visits, 2 ... T; None: T."""
     ode_probes: int = 1
     """Probes of the ODE's divergence."""
+
+    def about(self, config: Config) -> dict[str, Any]:
+        """What decides the numbers besides weights, images and seed, for the protocol."""
+        total_steps = config.diffusion.num_steps
+        if self.metric == "bpd":
+            return {"variance": config.diffusion.variance, "evaluations": total_steps}
+        return {"ode_steps": total_steps if self.ode_steps is None else self.ode_steps, "ode_probes": self.ode_probes}
 
 
 def evaluate_bits_per_dim(
@@ -89,11 +97,13 @@ def evaluate_bits_per_dim(
         of its terms, t counted from 0; all in bits/dim.
 
     Raises:
-        InputError: images or settings that can't be used, or a network whose numbers are not finite.
+        InputError: images or settings that can't be used, a network whose numbers are not finite, a folder that is not the same
+            in all processes, or records that another program has changed meanwhile.
     """
+    check_scoring(model, image_set, scoring, first_image, num_images, batch_size)
+    check_shared(path.parent)
     last = len(image_set.images) if num_images is None else first_image + num_images
     batch_size = model.config.sample.batch_size if batch_size is None else batch_size
-    _check(model, image_set, scoring, first_image, last, batch_size)
     rows = rows_of_range(batch_size, last - first_image, model.mesh.size * jax.process_count())
     if model.config.model.num_classes is None:
         image_set = dataclasses.replace(image_set, labels=None)
@@ -109,6 +119,7 @@ def evaluate_bits_per_dim(
         wait_for_all("all images are scored")
     if jax.process_count() > 1:
         stored = _stored_records(path, key, image_set, first_image, last)
+    _check_whole(path, stored, first_image, last)
     return _summary(scoring.metric, [stored[start] for start in sorted(stored)])
 
 
@@ -190,9 +201,10 @@ def _stored_records(path: Path, key: str, image_set: ImageSet, first: int, last:
     """
     records: dict[int, dict[str, Any]] = {}
     for file in [path, *sorted(path.parent.glob(f"{path.stem}.*[0-9]{path.suffix}"))]:
-        for line in file.read_text().splitlines() if file.exists() else ():
-            record = _usable_record(line, key, first, last)
-            if record and (record["start"] not in records or records[record["start"]]["stop"] < record["stop"]):
+        for record in read_records(file):
+            if _is_usable(record, key, first, last) and (
+                record["start"] not in records or records[record["start"]]["stop"] < record["stop"]
+            ):
                 records[record["start"]] = record
     fitting = {s: r for s, r in records.items() if r["images"] == _digest(*_arrays(image_set, s, r["stop"]))}
     chosen: dict[int, dict[str, Any]] = {}
@@ -203,14 +215,21 @@ def _stored_records(path: Path, key: str, image_set: ImageSet, first: int, last:
     return chosen
 
 
-def _usable_record(line: str, key: str, first: int, last: int) -> dict[str, Any] | None:
+def _is_usable(record: dict[str, Any], key: str, first: int, last: int) -> bool:
     try:
-        record = json.loads(line)
         start, stop = record["start"], record["stop"]
-        usable = record["key"] == key and first <= start < stop <= last and len(record["bits_per_dim"]) == stop - start
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
-    return record if usable else None
+        return record["key"] == key and first <= start < stop <= last and len(record["bits_per_dim"]) == stop - start
+    except (KeyError, TypeError):
+        return False
+
+
+def _check_whole(path: Path, stored: dict[int, dict[str, Any]], first: int, last: int) -> None:
+    """Raise InputError unless the records, none of which overlap, are of all images first ... last - 1."""
+    missing = gaps({start: record["stop"] for start, record in stored.items()}, first, last, last - first)
+    if missing:
+        start, stop = missing[0]
+        changed = f"{path} was changed by another program: it lacks images {start} ... {stop - 1}"
+        raise InputError(f"{changed}; the same command scores what is missing")
 
 
 def _summary(metric: str, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -250,16 +269,24 @@ def _image_keys(seed: Array, indices: Array) -> Key[Array, " B"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(root, indices)
 
 
-def _check(model: Model, image_set: ImageSet, scoring: Scoring, first: int, last: int, batch_size: int) -> None:
-    """Raise InputError with one line on what can't be used."""
+def check_scoring(
+    model: Model,
+    image_set: ImageSet,
+    scoring: Scoring,
+    first_image: int = 0,
+    num_images: int | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Raise InputError with one line on what `evaluate_bits_per_dim` can't use of the same arguments."""
     images, count, total_steps = image_set.images, len(image_set.images), model.schedule.num_steps
+    last = count if num_images is None else first_image + num_images
     if images.dtype != np.uint8:
         raise InputError(f"bits/dim counts 256 grey levels, but the images are {images.dtype}: save them as uint8 in [0, 255]")
     if image_set.image_shape != model.image_shape:
         raise InputError(f"the images are {image_set.image_shape}, but the model's are {model.image_shape}")
-    if not 0 <= first < last <= count:
-        raise InputError(f"images {first} ... {last - 1} were asked for: there are 0 ... {count - 1}")
-    if batch_size < 1:
+    if not 0 <= first_image < last <= count:
+        raise InputError(f"images {first_image} ... {last - 1} were asked for: there are 0 ... {count - 1}")
+    if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size = {batch_size}: must be 1 or more")
     if not 0 <= scoring.seed < 2**32:
         raise InputError(f"seed = {scoring.seed}: must lie in 0 ... 2^32 - 1")

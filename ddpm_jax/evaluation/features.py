@@ -9,25 +9,26 @@ import functools
 import hashlib
 import json
 import logging
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 
 from ddpm_jax.config import Config, to_json
 from ddpm_jax.data import ImageSet
+from ddpm_jax.errors import InputError
 from ddpm_jax.evaluation.networks import FeatureNetwork, NetworkName, Outputs
 from ddpm_jax.files import whole_file
 from ddpm_jax.inference import Model, draw_ranges
 from ddpm_jax.metrics import sample_progress
+from ddpm_jax.processes import check_shared, wait_for_all
 from ddpm_jax.ranges import gaps, rows_of_range
 
 PART_IMAGES = 1000
-FORMAT = 1  # part of every file's name: to be raised by whoever changes what the numbers are
+FORMAT = 2  # part of every file's name: to be raised by whoever changes what the numbers are
 
 logger = logging.getLogger("ddpm_jax")
 
@@ -52,22 +53,30 @@ class Wanted:
 
 
 def collect(parts: Iterator[Part], num_images: int, wanted: list[Wanted], folder: Path) -> dict[NetworkName, Outputs]:
-    """The wanted outputs of all parts, from the files in a folder where they are there, and into it where not."""
-    found: dict[NetworkName, list[Outputs]] = {want.network.name: [] for want in wanted}
+    """The wanted outputs of all parts, from the files in a folder where they are there, and into it where not.
+
+    Of several processes each makes its share, and all return all of it; they need one folder for that.
+
+    Raises:
+        InputError: a folder that is not the same in all processes, or a file that was damaged meanwhile.
+    """
+    check_shared(folder)
+    makers: dict[str, int] = {}
+    sizes: dict[NetworkName, list[tuple[Path, int]]] = {want.network.name: [] for want in wanted}
+    found: dict[Path, Outputs] = {}
     done = 0
     with sample_progress(num_images) as on_batch:
-        for part in parts:
+        for index, part in enumerate(parts):
+            maker = makers.setdefault(part.name, index % jax.process_count())  # one for parts that are the same
             for want in wanted:
                 path = folder / f"{want.network.name}-{_network_key(want.network)}-{part.name}.npz"
-                found[want.network.name].append(_outputs(path, part, want))
+                sizes[want.network.name].append((path, part.num_images))
+                if maker == jax.process_index():
+                    found[path] = _outputs(path, part, want)
             done += part.num_images
             on_batch(done)
-    return {
-        want.network.name: {
-            name: np.concatenate([piece[name] for piece in found[want.network.name]]) for name in sorted(want.outputs)
-        }
-        for want in wanted
-    }
+    wait_for_all("features are made")
+    return {want.network.name: _joined(sizes[want.network.name], found, want.outputs) for want in wanted}
 
 
 def set_parts(image_set: ImageSet, num_images: int) -> Iterator[Part]:
@@ -93,7 +102,7 @@ def drawing_key(model: Model, config: Config, seed: int) -> str:
         for name, value in to_json(config).items()
         if name.startswith(("diffusion.", "model.", "sample.")) and name != "sample.batch_size"
     }
-    text = json.dumps([FORMAT, decisive, config.data.image_shape, seed, _weights_hash(model.params)], sort_keys=True)
+    text = json.dumps([FORMAT, decisive, config.data.image_shape, seed, model.fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -122,6 +131,16 @@ def _outputs(path: Path, part: Part, want: Wanted) -> Outputs:
     return {name: made[name] for name in want.outputs}
 
 
+def _joined(sizes: list[tuple[Path, int]], found: Mapping[Path, Mapping[str, Any]], outputs: frozenset[str]) -> Outputs:
+    """Outputs of files with so many images each, one after the other; those that this process has not found are read."""
+    pieces = []
+    for path, size in sizes:
+        pieces.append(found[path] if path in found else _read(path, size))
+        if not outputs <= pieces[-1].keys():
+            raise InputError(f"{path} was removed or damaged by another program: the same command makes it again")
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in sorted(outputs)}
+
+
 def _read(path: Path, count: int) -> Outputs:
     """What a file holds; nothing where there is none, or a damaged one (its entries bear checksums)."""
     try:
@@ -129,18 +148,12 @@ def _read(path: Path, count: int) -> Outputs:
             kept = dict(arrays)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, KeyError):
+    except Exception:  # whatever zipfile and NumPy raise on damaged files
         logger.warning("%s is damaged: its features are computed again", path)
         return {}
-    return kept if all(array.ndim == 2 and len(array) == count for array in kept.values()) else {}
+    whole = all(isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == count for array in kept.values())
+    return kept if whole else {}
 
 
 def _network_key(network: FeatureNetwork) -> str:
     return hashlib.sha256(json.dumps([FORMAT, network.sha256, network.resize]).encode()).hexdigest()[:8]
-
-
-def _weights_hash(params: PyTree) -> str:
-    weights = hashlib.sha256()
-    for place, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
-        weights.update(jax.tree_util.keystr(place).encode() + np.ascontiguousarray(leaf).tobytes())
-    return weights.hexdigest()

@@ -4,7 +4,7 @@
     dinov2_vitl14        FD-DINOv2's network. Its weights are given as a file.
     efficientnet_lite0   small, and in a Python package: works without a network connection. Its scores are nobody else's FID.
 
-Each runs as one program, its batches split over all devices. Grey images are seen as three equal channels.
+Each runs as one program in float32, its batches split over all devices. Grey images are seen as three equal channels.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from ddpm_jax.models.dinov2 import DINOv2
 from ddpm_jax.models.efficientnet import EfficientNetLite0
 from ddpm_jax.models.inception import InceptionV3
 from ddpm_jax.parallel import batch_sharding, compile_for, local_mesh, put, replicated, round_up
+from ddpm_jax.ranges import one_behind
 
 NetworkName = Literal["inception_v3", "dinov2_vitl14", "efficientnet_lite0"]
 Outputs = dict[str, Float[np.ndarray, "N F"]]
@@ -67,16 +68,17 @@ class FeatureNetwork:
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _batches(self, images: UInt8[np.ndarray, "N H W C"]) -> Iterator[Outputs]:
-        size, pending = round_up(BATCH_SIZE, self._mesh), None
-        for start in range(0, len(images), size):
-            batch = self.prepare(images[start : start + size])
-            missing = size - len(batch)  # filled up, so that all batches run one program
-            filled = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            found = self._program(self._placed, put(filled, batch_sharding(self._mesh)))
-            if pending is not None:  # fetched while the devices work on the next batch
-                yield jax.device_get(pending)
-            pending = {name: output[: len(batch)] for name, output in found.items()}
-        yield jax.device_get(pending)
+        size = round_up(BATCH_SIZE, self._mesh)
+
+        def running() -> Iterator[tuple[int, dict[str, Array]]]:
+            for start in range(0, len(images), size):
+                batch = self.prepare(images[start : start + size])
+                missing = size - len(batch)  # filled up, so that all batches run one program
+                filled = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+                yield len(batch), self._program(self._placed, put(filled, batch_sharding(self._mesh)))
+
+        for count, found in one_behind(running()):  # fetched while the devices work on the next batch
+            yield {name: output[:count] for name, output in jax.device_get(found).items()}
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
@@ -90,7 +92,8 @@ class FeatureNetwork:
     def _program(self) -> Callable[..., Any]:
         def program(params: PyTree, images: UInt8[Array, "B H W C"]) -> dict[str, Array]:
             colour = jnp.broadcast_to(images, (*images.shape[:3], 3)) if images.shape[-1] == 1 else images
-            return self.apply(params, colour.astype(jnp.float32))
+            with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16 otherwise, and recent GPUs to TF32
+                return self.apply(params, colour.astype(jnp.float32))
 
         return compile_for(self._mesh, program)
 

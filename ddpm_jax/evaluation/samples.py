@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from ddpm_jax.config import Config, DataConfig
+from ddpm_jax.config import Config, DataConfig, Framing, SampleConfig, Threshold
 from ddpm_jax.data import ImageSet, load_images
 from ddpm_jax.diffusion.samplers import SAMPLERS
 from ddpm_jax.diffusion.schedule import Spacing
@@ -24,6 +22,7 @@ from ddpm_jax.evaluation.statistics import read_statistics, save_statistics
 from ddpm_jax.evaluation.weights import INCEPTION_SHA256
 from ddpm_jax.files import cache_folder
 from ddpm_jax.inference import Model
+from ddpm_jax.processes import is_first
 
 MOST_IMAGES = 50_000  # drawn where no number is given and there are more real ones; what FID is usually reported of
 FEW_IMAGES = 10_000  # fewer make a Frechet distance so much too large that it is worth a word
@@ -54,8 +53,18 @@ class SampleOptions:
     """Noise of ddim, 0 to 1."""
     spacing: Spacing | None = None
     """Which timesteps are visited."""
+    threshold: Threshold | None = None
+    """What is done with an x0 outside [-1, 1]."""
     guidance: float | None = None
     """How strongly images follow their class: 1 as learnt, above 1 more strongly, 0 not at all."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma between which guidance acts, low and high."""
+    guidance_rescale: float | None = None
+    """How far guided outputs are brought back to the standard deviation of unguided ones, 0 to 1."""
+
+
+DRAWING_OPTIONS = tuple(field.name for field in dataclasses.fields(SampleConfig) if field.name != "batch_size")
+"""Those of SampleOptions that say how a run's images are drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Drawing:
     @classmethod
     def of(cls, model: Model, folder: Path, options: SampleOptions, seed: int, batch_size: int | None) -> "Drawing":
         """The run's own settings, but for those that the options give."""
-        given = {name: getattr(options, name) for name in ("sampler", "num_steps", "eta", "spacing", "guidance")}
+        given = {name: getattr(options, name) for name in DRAWING_OPTIONS}
         config, _ = model.settle(given | {"batch_size": batch_size}, 1, seed, None)
         return cls(model, config, seed, folder)
 
@@ -98,7 +107,7 @@ def evaluate_samples(
     data: DataConfig | None,
     num_images: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The numbers of each metric, and under "protocol" how they were made.
+    """The numbers of each metric, and under "protocol" how they were made; nothing in all processes but the first.
 
     Args:
         metrics: names in `METRICS`.
@@ -110,12 +119,12 @@ def evaluate_samples(
     Raises:
         InputError: a reference that a metric can't use, too few images, or weights that are not there.
     """
-    if jax.process_count() > 1:
-        raise InputError(f"{metrics[0]} is measured by one process: start evaluate.py without --processes")
     _check(metrics, options, data)
     wanted = wanted_outputs(metrics, options)
     reference = _reference(metrics, wanted, drawn, options, data)
     count, outputs, about = _drawn(wanted, drawn, options, reference, num_images)
+    if not is_first():
+        return {}
     fewest = min(count, reference.about.get("num_images") or count)
     if fewest < FEW_IMAGES and any(METRICS[name].needs == "moments" for name in metrics):
         logger.warning("a Frechet distance of %d images is too large: compare it only with those of as many images", fewest)
@@ -176,20 +185,25 @@ def _reference(
         network = wanted[0].network.name
         found = read_statistics(options.stats, network)
         count = next(iter(found.values())).count
-        return Reference({"statistics": str(options.stats), "num_images": count}, {}, {network: found})
+        reference = Reference({"statistics": str(options.stats), "num_images": count}, {}, {network: found})
+        for metric in (METRICS[name] for name in metrics if METRICS[name].needs == "moments"):
+            reference_moments(metric, reference)  # what isn't there is named before images are drawn
+        return reference
     needed = [name for name in metrics if METRICS[name].needs != "nothing"]
     if data is None or not needed:
         return Reference({}, {}, {})
     networks = {want.network.name: want.network for want in wanted}
     of_real = [Wanted(networks[name], outputs) for name, outputs in needed_outputs(needed).items()]
     shape = drawn.config.data.image_shape if isinstance(drawn, Drawing) else drawn.image_shape
-    real = load_images(dataclasses.replace(data, image_shape=shape, framing="center"))
+    framing: Framing = "center" if data.framing == "random" else data.framing
+    real = load_images(dataclasses.replace(data, image_shape=shape, framing=framing))
     count = len(real.images)
     logger.info("features of the %d images of %s", count, data.source)
     outputs = collect(set_parts(real, count), count, of_real, cache_folder("features"))
-    about = {"data": data.source, "split": data.split, "num_images": count, "image_shape": list(real.image_shape)}
+    about: dict[str, Any] = {"data": data.source, "split": data.split, "num_images": count}
+    about |= {"image_shape": list(real.image_shape), "framing": framing}
     reference = Reference(about, outputs, {})
-    if options.save_stats is not None:
+    if options.save_stats is not None and is_first():
         measured = {METRICS[name].output: METRICS[name] for name in metrics if METRICS[name].needs == "moments"}
         found = {output: reference_moments(metric, reference) for output, metric in measured.items()}
         save_statistics(options.save_stats, wanted[0].network.name, found)

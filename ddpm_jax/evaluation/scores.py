@@ -33,6 +33,8 @@ class Metric(NamedTuple):
     """(metric, outputs of the drawn images, reference) -> numbers by name."""
     needs: str
     """What of the reference: "moments", "features" or "nothing"."""
+    fewest: int
+    """How few images it can be made of, drawn ones and real ones alike."""
 
 
 def score(name: str, drawn: Outputs, reference: Reference) -> dict[str, Any]:
@@ -76,14 +78,14 @@ def _manifolds(metric: Metric, drawn: Outputs, reference: Reference) -> dict[str
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric("inception_v3", "pool", _frechet, "moments"),
-    "sfid": Metric("inception_v3", "spatial", _frechet, "moments"),
-    "kid": Metric("inception_v3", "pool", _kernel, "features"),
-    "is": Metric("inception_v3", "logits", _inception, "nothing"),
-    "pr": Metric("inception_v3", "pool", _manifolds, "features"),
-    "fd_dinov2": Metric("dinov2_vitl14", "pool", _frechet, "moments"),
-    "fd_efficientnet_lite0": Metric("efficientnet_lite0", "pool", _frechet, "moments"),
-    "kid_efficientnet_lite0": Metric("efficientnet_lite0", "pool", _kernel, "features"),
-    "pr_efficientnet_lite0": Metric("efficientnet_lite0", "pool", _manifolds, "features"),
+    "fid": Metric("inception_v3", "pool", _frechet, "moments", 2),
+    "sfid": Metric("inception_v3", "spatial", _frechet, "moments", 2),
+    "kid": Metric("inception_v3", "pool", _kernel, "features", 2),
+    "is": Metric("inception_v3", "logits", _inception, "nothing", 10),
+    "pr": Metric("inception_v3", "pool", _manifolds, "features", 4),
+    "fd_dinov2": Metric("dinov2_vitl14", "pool", _frechet, "moments", 2),
+    "fd_efficientnet_lite0": Metric("efficientnet_lite0", "pool", _frechet, "moments", 2),
+    "kid_efficientnet_lite0": Metric("efficientnet_lite0", "pool", _kernel, "features", 2),
+    "pr_efficientnet_lite0": Metric("efficientnet_lite0", "pool", _manifolds, "features", 4),
 }
 """By the names of evaluate.py."""

@@ -4,8 +4,6 @@ An .npz file with "mu" [F] and "sigma" [F, F], as pytorch-fid writes it; "mu_s" 
 in the reference batches of guided-diffusion. Files written here also have "count", the number of images, and "network".
 """
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from ddpm_jax.files import whole_file
 
 ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """The names of mean and covariance by the network's output."""
+KINDS = {"count": ("iu", "one whole number"), "network": ("U", "one name")}
+"""NumPy's kinds of what is no array of numbers, and what it is."""
 
 
 def save_statistics(path: Path, network: NetworkName, found: Mapping[str, Moments]) -> None:
@@ -35,18 +35,22 @@ def read_statistics(path: Path, network: NetworkName) -> dict[str, Moments]:
     """The moments of a file by the network's output.
 
     Raises:
-        InputError: no such file, a damaged one, or one that was written of another network.
+        InputError: no such file, a damaged one, one with other entries than these, or one that was written of another network.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = {"count", "network", *(name for pair in ARRAYS.values() for name in pair)}
-            held = {name: arrays[name] for name in names & set(arrays)}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            held = {name: arrays[name] for name in sorted(names & set(arrays))}
+    except Exception as error:  # whatever zipfile and NumPy raise on damaged files
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path} can't be read as statistics: {reason}: an .npz file with mu and sigma is needed") from error
+    for name, value in held.items():
+        _check_kind(path, name, value)
     if "network" in held and str(held["network"]) != network:
-        raise InputError(f"{path} holds statistics of {held['network']}, not of {network}")
+        raise InputError(f"{path} holds statistics of {str(held['network'])[:80]!r}, not of {network}")
     count = int(held["count"]) if "count" in held else None
+    if count is not None and count < 1:
+        raise InputError(f"{path}: count = {count}: must be 1 or more")
     found = {}
     for output, (mean, covariance) in ARRAYS.items():
         if mean in held and covariance in held:
@@ -54,6 +58,14 @@ def read_statistics(path: Path, network: NetworkName) -> dict[str, Moments]:
     if not found:
         raise InputError(f"{path} holds no arrays mu and sigma")
     return found
+
+
+def _check_kind(path: Path, name: str, value: Any) -> None:
+    """Raise InputError unless an entry is what its name says; NumPy gives bytes for one that isn't an array."""
+    kinds, what = KINDS.get(name, ("fiu", "an array of numbers"))
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds or (name in KINDS and value.ndim > 0):
+        found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise InputError(f"{path}: {name} must be {what}, not {found}: give another file")
 
 
 def _checked(path: Path, mean_name: str, mean: np.ndarray, name: str, covariance: np.ndarray, count: int | None) -> Moments:

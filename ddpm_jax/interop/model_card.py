@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.config import Config, to_json
+from ddpm_jax.json_lines import read_records
 from ddpm_jax.models import num_params
 
 DATA_LICENCES = {"fashion_mnist": "Fashion-MNIST, Zalando SE, MIT licence"}
@@ -37,16 +38,17 @@ def model_card(config: Config, params: Any, weights: str, step: int, run: Path |
         params: its weights.
         weights: which of the run's weights they are.
         step: training steps behind them; 0 stands for a number that isn't known.
-        run: the run folder, whose evaluation.json is quoted if there is one.
+        run: the run folder, of whose evaluations.jsonl the newest numbers of these weights are quoted.
         kind: "diffusers" or "stablehlo".
     """
     height, width, channels = config.data.image_shape or (0, 0, 0)
     steps = f"{step:,} steps" if step else "a number of steps that isn't recorded"
     shown = {name: value for name, value in to_json(config).items() if name != "data.class_names"}
     library = "diffusers" if kind == "diffusers" else "jax"
+    tags = "ddpm" if config.model.num_classes else "ddpm, unconditional-image-generation"
     licence = DATA_LICENCES.get(config.data.source, "that of its source, see there")
     parts = [
-        f"---\nlibrary_name: {library}\ntags: [ddpm, unconditional-image-generation]\n---",
+        f"---\nlibrary_name: {library}\ntags: [{tags}]\n---",
         f"# A diffusion model of {height}x{width}x{channels} images",
         f"Denoising diffusion (Ho et al. 2020), {num_params(params):,} parameters, trained with ddpm_jax for {steps}; the "
         f"weights are `{weights}`.",
@@ -55,7 +57,7 @@ def model_card(config: Config, params: Any, weights: str, step: int, run: Path |
         "## Data",
         f"`{config.data.source}`" + (f", split `{config.data.split}`" if ":" in config.data.source else "") + ".",
         "## Measured",
-        _measured(run),
+        _measured(run, weights, step),
         "## Licence",
         f"Data: {licence}. Weights: not stated; whoever publishes them states it here.",
         "## Config",
@@ -74,12 +76,15 @@ def _use(config: Config, kind: str) -> str:
     return text if classes is None else f"{text}\n\n{WITH_CLASSES.format(classes=classes)}"
 
 
-def _measured(run: Path | None) -> str:
-    """The run's evaluation.json, without its long lists."""
-    path = None if run is None else run / "evaluation.json"
-    if path is None or not path.is_file():
+def _measured(run: Path | None, weights: str, step: int) -> str:
+    """The newest numbers of each metric that evaluate.py has found for these weights, without their long lists."""
+    found: dict[str, Any] = {}
+    for result in [] if run is None else read_records(run / "evaluations.jsonl"):
+        if (result.get("weights"), result.get("step")) == (weights, step):
+            found |= {name: value for name, value in result.items() if isinstance(value, dict)}  # those of metrics
+    if not found:
         return "Nothing yet: `python evaluate.py --ckpt RUN` measures it."
-    return f"```json\n{json.dumps(_short(json.loads(path.read_text())), indent=2)}\n```"
+    return f"```json\n{json.dumps(_short(found), indent=2)}\n```"
 
 
 def _short(values: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.schedule import make_schedule
 from ddpm_jax.errors import InputError
-from ddpm_jax.interop.unet2d import known_settings, refuse
+from ddpm_jax.interop.unet2d import check_whole, known_settings, refuse
 
 logger = logging.getLogger("ddpm_jax")
 
@@ -58,6 +58,8 @@ SPACINGS = {"linspace": "uniform", "leading": "uniform", "trailing": "trailing"}
 
 NO_LIMIT = 1e6
 """A sample_max_value that no x0 reaches: ours has no such limit."""
+MAX_STEPS = 1_000_000
+"""More than any process has; what memory and time would be taken for is known before."""
 DIGITS = 12
 """Of betas that are scaled: the rounding of the division doesn't stay."""
 
@@ -125,9 +127,7 @@ def write_scheduler_config(config: Config) -> dict[str, Any]:
 
 
 def _read_schedule(s: Mapping[str, Any], source: Any) -> dict[str, Any]:
-    steps = s["num_train_timesteps"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        refuse(source, "num_train_timesteps", steps, "it must be a whole number above 0")
+    steps = check_whole(s["num_train_timesteps"], "num_train_timesteps", source, MAX_STEPS)
     if s["trained_betas"] is not None:
         return {"diffusion.schedule": _find_schedule(s["trained_betas"], steps, source), "diffusion.num_steps": steps}
     if s["beta_schedule"] not in SCHEDULES:

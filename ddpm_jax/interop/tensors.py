@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float, PyTree, Shaped
 
+from ddpm_jax.config import Config
 from ddpm_jax.errors import InputError, first_line
 from ddpm_jax.files import whole_file
 from ddpm_jax.interop.torch_files import read_torch_file
@@ -50,6 +51,14 @@ def to_torch(place: str, array: Float[np.ndarray, "..."], as_convolution: bool =
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         array = array[:, :, None, None] if as_convolution else array
     return np.ascontiguousarray(array)
+
+
+def lay_out(make_abstract: Callable[[Config], PyTree], config: Config, source: Path) -> PyTree:
+    """make_abstract(config). Raises InputError, which names the source, where its numbers don't go together."""
+    try:
+        return make_abstract(config)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def fill(abstract: PyTree, tensors: Mapping[str, np.ndarray], name_of: Callable[[str], str], source: Path) -> PyTree:

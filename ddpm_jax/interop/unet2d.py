@@ -40,12 +40,22 @@ OF_AVERAGES = {
 }  # fmt: skip
 """What diffusers adds to the config of a moving average; it tells nothing of the network."""
 
+MAX_NUMBER = 2**20
+"""More than any network has of anything that is counted."""
+
 ATTENTION = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
 
 
 def refuse(source: Any, name: str, value: Any, rule: str) -> NoReturn:
     """Raise the InputError for a setting that has no counterpart here."""
     raise InputError(f"{source}: {name} = {str(value)[:80]} can't be represented: {rule}")
+
+
+def check_whole(value: Any, name: str, source: Any, most: int = MAX_NUMBER) -> int:
+    """The value of a setting. Raises InputError unless it is a whole number from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        refuse(source, name, value, f"it must be a whole number, 1 to {most}")
+    return value
 
 
 def known_settings(
@@ -69,8 +79,9 @@ def read_unet_config(given: Mapping[str, Any], source: Any) -> dict[str, Any]:
         if s[name] not in allowed or isinstance(s[name], bool) != isinstance(allowed[0], bool):
             refuse(source, name, s[name], f"only {' and '.join(map(str, allowed))} can")
     widths, height = _whole_numbers(s, "block_out_channels", source), _image_size(s, source)[0]
-    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-        _check_whole(s[name], name, source)
+    optional = [name for name in ("num_class_embeds", "attention_head_dim") if s[name] is not None]
+    for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", *optional):
+        check_whole(s[name], name, source)
     if any(width % widths[0] for width in widths):
         refuse(source, "block_out_channels", list(widths), "all levels' must be multiples of the first one's")
     if s["time_embedding_dim"] not in (None, 4 * widths[0]):
@@ -120,6 +131,8 @@ def write_unet_config(config: Config, abstract: PyTree) -> dict[str, Any]:
     assert shape is not None
     if model.space_to_depth != 1:
         refuse("export", "model.space_to_depth", model.space_to_depth, "UNet2DModel sees single pixels")
+    if model.multipliers[0] != 1:
+        refuse("export", "model.multipliers", list(model.multipliers), "UNet2DModel's first level has the channels themselves")
     if style.thousand_steps and config.diffusion.num_steps != 1000:
         refuse("export", "diffusion.num_steps", config.diffusion.num_steps,
                "with model.style = improved the network sees t as a part of 1000 steps, UNet2DModel as it is")  # fmt: skip
@@ -179,8 +192,9 @@ def tensor_name(place: str, num_levels: int) -> str:
 
 def new_name(name: str) -> str:
     """The name of a tensor as diffusers has had it since attention layers were given new names."""
-    *front, layer, leaf = name.split(".")
-    return ".".join([*front, OLD_NAMES.get(layer, layer), leaf]) if "attentions" in front else name
+    front, _, leaf = name.rpartition(".")
+    front, _, layer = front.rpartition(".")
+    return f"{front}.{OLD_NAMES.get(layer, layer)}.{leaf}" if ".attentions." in front else name
 
 
 def _attention_levels(s: Mapping[str, Any], num_levels: int, source: Any) -> list[int]:
@@ -213,7 +227,7 @@ def _image_size(s: Mapping[str, Any], source: Any) -> tuple[int, int]:
     size = s["sample_size"]
     if size is None:
         refuse(source, "sample_size", None, "write the height of its images, in pixels, into the file")
-    return (_check_whole(size, "sample_size", source),) * 2 if not isinstance(size, list) else _two(s, source)
+    return (check_whole(size, "sample_size", source),) * 2 if not isinstance(size, list) else _two(s, source)
 
 
 def _two(s: Mapping[str, Any], source: Any) -> tuple[int, int]:
@@ -226,13 +240,7 @@ def _two(s: Mapping[str, Any], source: Any) -> tuple[int, int]:
 def _whole_numbers(s: Mapping[str, Any], name: str, source: Any) -> tuple[int, ...]:
     if not isinstance(s[name], list | tuple) or not s[name]:
         refuse(source, name, s[name], "it must be a list of whole numbers above 0")
-    return tuple(_check_whole(value, name, source) for value in s[name])
-
-
-def _check_whole(value: Any, name: str, source: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        refuse(source, name, value, "it must be a whole number above 0")
-    return value
+    return tuple(check_whole(value, name, source) for value in s[name])
 
 
 def _head_channels(config: Config, attended: list[bool], widths: list[int]) -> int | None:

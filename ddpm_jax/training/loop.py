@@ -20,6 +20,7 @@ from ddpm_jax.data.pipeline import check_sampling
 from ddpm_jax.endings import last_words
 from ddpm_jax.errors import InputError, NonFiniteLossError
 from ddpm_jax.evaluation.training_scores import TrainingScores
+from ddpm_jax.files import remove_debris
 from ddpm_jax.images import save_grid
 from ddpm_jax.inference import draw_images, make_network
 from ddpm_jax.lock import locked
@@ -47,6 +48,7 @@ from ddpm_jax.validation import config_schedule
 logger = logging.getLogger("ddpm_jax")
 
 MAX_SKIPPED = 100  # steps in a row; one bad batch or an overflow passes, weights that give no numbers don't come back
+ABANDONED = 3600.0  # seconds without a write, after which a temporary file's writer is taken for dead
 
 
 def train(config: Config, workdir: str | Path) -> TrainState:
@@ -91,6 +93,8 @@ def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> Tr
         raise InputError(f"train.num_steps = {total}, but {workdir} has already made {start} steps")
     if is_first():
         write_config(workdir, config)
+        for folder in (workdir, workdir / "samples"):
+            remove_debris(folder, seconds=ABANDONED)
     last_words(f"another process of {workdir} was lost; the same command, in all of them, goes on from the newest checkpoint")
     _introduce(config, image_set, state, mesh)
     if start:
@@ -118,7 +122,7 @@ def _train(config: Config, workdir: Path, image_set: ImageSet, mesh: Mesh) -> Tr
                 recorder.take(*pending)
             pending, step = (steps, metrics), steps.stop
             checkpoints.check()
-            stopping = stop.after(number)
+            stopping = stop.after(number) and step < total
             last = step == total or stopping
             checkpoint_due = last or step % config.train.checkpoint_every_steps == 0
             if checkpoint_due or snapshot_due(config.train, step):

@@ -95,9 +95,19 @@ def test_unusable_files_are_named_once_and_skipped(folder, caplog):
 def test_what_is_no_folder_of_images(folder):
     folder.mkdir()
     one_line_error(load, folder, fragments=[str(folder), "holds no images"])
-    one_line_error(lambda: load(folder, image_shape=None), fragments=["data.image_shape"])
     (folder / "1.png").write_bytes(b"")
-    one_line_error(lambda: load(folder, max_unusable=1.0), fragments=["1 of 1", "empty file"])
+    for shape in (None, (8, 8, 3)):
+        one_line_error(lambda: load(folder, image_shape=shape, max_unusable=1.0), fragments=["1 of 1", "empty file"])  # noqa: B023
+
+
+def test_images_of_one_size_need_no_shape(folder):
+    write(folder / "1.png", 1, (5, 4))
+    (folder / "2.png").write_bytes(b"")
+    assert load(folder, image_shape=None, max_unusable=0.5).images[:].shape == (1, 4, 5, 3)
+    Image.new("L", (5, 4)).save(folder / "1.png")
+    assert load(folder, image_shape=None, max_unusable=0.5).image_shape == (4, 5, 1)
+    write(folder / "2.png", 2, (4, 5))
+    one_line_error(lambda: load(folder, image_shape=None), fragments=[str(folder), "several sizes", "data.image_shape"])
 
 
 def test_only_changed_files_are_decoded_again(folder, decoded):

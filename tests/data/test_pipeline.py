@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -162,6 +163,24 @@ def test_a_small_set_is_decoded_once_by_several_threads():
     assert len(drawn(config, ImageSet(images), 0, 100)) == 100
     assert sorted(np.concatenate([indices for indices, _ in images.reads]).tolist()) == list(range(300))
     assert len(images.threads) == 3 and threading.main_thread() not in images.threads
+
+
+def test_what_was_decoded_does_not_stay_in_the_hosts_memory(stored, monkeypatch):
+    """The devices get copies here, since a CPU takes the host's own arrays where it can."""
+    put, decoded = pipeline.put, []
+
+    def read(*args):
+        images = read_all(*args)
+        decoded.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(pipeline, "read_all", read)
+    monkeypatch.setattr(pipeline, "put", lambda tree, sharding: put(jax.tree.map(np.copy, tree), sharding))
+    stream = batches(batch_config(512), stored, make_mesh(), range(3))
+    next(stream)
+    gc.collect()
+    assert [each() for each in decoded] == [None]
+    assert len(list(stream)) == 2
 
 
 def test_decoding_a_small_set_shows_how_far_it_is(monkeypatch, capsys):

@@ -1,12 +1,16 @@
 """Sets of TensorFlow Datasets: written by its own writer without TensorFlow, and read back."""
 
 import io
+import itertools
 import json
+import logging
 import os
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +23,7 @@ from PIL import Image
 
 from ddpm_jax import DataConfig, InputError
 from ddpm_jax.data import load_images, tfds_preparation
+from ddpm_jax.data import tensorflow_datasets as library
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (50, 8, 12, 3), np.uint8)
@@ -386,3 +391,29 @@ def test_what_a_preparation_fails_of_is_told(tmp_path, monkeypatch):
     for name, value in NO_PROXY.items() | {("HTTPS_PROXY", "http://127.0.0.1:1"), ("TFDS_DATA_DIR", str(tmp_path))}:
         monkeypatch.setenv(name, value)
     one_line_error(load, "tfds:mnist", fragments=["tfds:mnist can't be prepared", "https://", "can't be reached"])
+
+
+def test_two_that_find_nothing_prepare_it_once(data_folder, tmp_path, monkeypatch):
+    """Both have looked before either begins; a slow copy takes the place of the preparation."""
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "tensorflow")
+    monkeypatch.setattr(logging.getLogger("absl"), "level", logging.CRITICAL)  # which two threads at once may leave so
+    on_disk, looks, both, prepared = library._on_disk, itertools.count(), threading.Barrier(2, timeout=60), []
+
+    def look(name):
+        builder = on_disk(name)
+        if next(looks) < 2:
+            both.wait()
+        return builder
+
+    def copy(name):
+        prepared.append(name)
+        time.sleep(0.3)
+        shutil.copytree(data_folder / name, tmp_path / name)
+
+    for name, function in {"_on_disk": look, "_check_name": lambda name: None, "_prepare": copy}.items():
+        monkeypatch.setattr(library, name, function)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(load, ["tfds:even_set"] * 2))
+    assert prepared == ["even_set"]
+    assert [image_set.images.shape for image_set in found] == [(5, 8, 12, 3)] * 2

@@ -316,6 +316,7 @@ def test_spacing_of_large_processes(total, data, spacing):
     ("num_steps", "total", "spacing", "expected"),
     [
         (10, 1000, "trailing", range(99, 1000, 100)),  # Lin et al. (2023), table 2, counted from 0
+        (4, 10, "trailing", [1, 4, 7, 9]),  # round([10, 7.5, 5, 2.5]) - 1, a half going to the even number
         (10, 1000, "uniform", range(0, 1000, 111)),
         (11, 101, "quadratic", [i**2 for i in range(11)]),
         (1, 1000, "uniform", [999]),

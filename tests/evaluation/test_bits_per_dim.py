@@ -292,6 +292,13 @@ def test_what_cannot_be_scored(model, tmp_path, changes, message):
     assert not (tmp_path / "file").exists()
 
 
+def test_there_is_no_mean_of_a_part_of_the_images(model, tmp_path, monkeypatch):
+    """Another program has changed the file, or another process has one of its own."""
+    monkeypatch.setattr(evaluation, "_score_missing", lambda *_: {0: {"start": 0, "stop": 2, "bits_per_dim": [1.0, 2.0]}})
+    with pytest.raises(InputError, match=r"file was changed by another program: it lacks images 2 \.\.\. 4; the same"):
+        evaluate_bits_per_dim(model, IMAGES, tmp_path / "file", SCORINGS[0], 0, 5)
+
+
 def test_a_network_that_diverged(params, tmp_path):
     """The image is named, and nothing is written of it."""
     broken = model_on(jax.tree.map(lambda x: x * np.float32("nan"), params), 1)

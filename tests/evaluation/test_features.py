@@ -1,6 +1,7 @@
 """Features are kept by what they are of, computed once, and independent of batches; damaged files are made again."""
 
 import dataclasses
+import http.client
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from ddpm_jax.evaluation import features as features_module
 from ddpm_jax.evaluation import networks
 from ddpm_jax.evaluation.features import Part, Wanted, collect, rounded, set_parts
 from ddpm_jax.evaluation.networks import FeatureNetwork, load_network
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def tiny_network(sha256="0"):
@@ -37,6 +40,20 @@ def test_outputs_are_those_of_each_image(images):
     found = tiny_network().outputs(images)  # 120 images are no multiple of a batch
     np.testing.assert_allclose(found["pool"], 2.0 * images.mean(axis=(1, 2)), rtol=1e-5)
     np.testing.assert_array_equal(tiny_network().outputs(images[60:61])["pool"], found["pool"][60:61])
+
+
+def test_products_are_made_in_float32_on_every_platform(images):
+    """By default TPUs round to bfloat16, and recent GPUs to TF32; HIGHEST in the program asks for float32."""
+
+    def apply(params, images):
+        pixels = jax.lax.conv_general_dilated(images, params["kernel"], (1, 1), "SAME", dimension_numbers=LAYOUT)
+        return {"pool": pixels.mean(axis=(1, 2)) @ params["matrix"]}
+
+    params = {"kernel": np.ones((3, 3, 3, 2), np.float32), "matrix": np.ones((2, 4), np.float32)}
+    network = FeatureNetwork("efficientnet_lite0", "not at all", "0", params, apply)
+    text = network._program.lower(params, images[:50]).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
+    assert len(products) == 2 and all("HIGHEST" in line and "DEFAULT" not in line for line in products)
 
 
 def test_grey_is_three_equal_channels(images):
@@ -74,7 +91,7 @@ def test_what_was_seen_is_not_computed_again(images, tmp_path, parts_of_fifty, m
     assert calls == [50, 50, 20]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "another"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "compression", "another"])
 def test_damaged_files_are_made_again(images, tmp_path, damage, caplog):
     want = [Wanted(tiny_network(), frozenset({"pool"}))]
 
@@ -88,6 +105,9 @@ def test_damaged_files_are_made_again(images, tmp_path, damage, caplog):
         path.write_bytes(content[:-40])
     elif damage == "changed":
         content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    elif damage == "compression":  # the method of the entry, in the folder at the end of the file, is one that isn't known
+        content[content.rindex(b"PK\x01\x02") + 10] = 77
         path.write_bytes(content)
     else:
         np.savez(path, pool=np.zeros((119, 3), np.float32))
@@ -122,6 +142,11 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch):
     one_line_error(load_network, "inception_v3", tmp_path / "text.pth", fragments=["text.pth"])
 
 
+def test_a_dinov2_with_registers_is_another_network():
+    tensors = {"cls_token": np.zeros(1), "mask_token": np.zeros(1), "register_tokens": np.zeros(1)}
+    one_line_error(networks.weights.dinov2_params, tensors, "reg4.pth", fragments=["reg4.pth", "'register_tokens'"])
+
+
 def test_the_published_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
     content, asked = b"weights", []
 
@@ -139,9 +164,16 @@ def test_the_published_weights_are_fetched_once_and_checked(tmp_path, monkeypatc
         asked.append(address)
         return Answer()
 
+    def cut(self):
+        raise http.client.IncompleteRead(b"wei")
+
     weights = networks.weights
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(weights.urllib.request, "urlopen", urlopen)
+    with monkeypatch.context() as patch:
+        patch.setattr(Answer, "read", cut)
+        one_line_error(weights.inception_file, fragments=["IncompleteRead", "--inception"])
+    asked.clear()
     one_line_error(weights.inception_file, fragments=["SHA-256", "--inception"])
     assert not list(tmp_path.rglob("*.pth"))
     monkeypatch.setattr(weights, "INCEPTION_SHA256", weights.hashlib.sha256(content).hexdigest())

@@ -13,6 +13,7 @@ from ddpm_jax.evaluation.distance import Moments, frechet_distance, moments, mom
 from ddpm_jax.evaluation.inception_score import inception_score
 from ddpm_jax.evaluation.kernel_distance import discrepancy, kernel_distance
 from ddpm_jax.evaluation.precision_recall import precision_recall
+from ddpm_jax.evaluation.scores import METRICS, Reference, score
 
 
 @pytest.fixture
@@ -124,3 +125,18 @@ def test_sets_that_can_not_be_compared(metric, monkeypatch):
 def test_too_few_images_for_a_score():
     one_line_error(inception_score, np.zeros((9, 4)), fragments=["10 parts", "9"])
     one_line_error(moments, np.zeros((1, 4)), fragments=["2 or more"])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_fewest_images_of_a_metric_are_enough_and_one_less_is_not(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user meets
+    metric, features = METRICS[name], np.random.default_rng(0).normal(size=(20, 5))
+
+    def score_of(num_drawn, num_real):
+        reference = Reference({}, {metric.network: {metric.output: features[:num_real]}}, {})
+        return score(name, {metric.output: features[-num_drawn:]}, reference)
+
+    assert all(np.isfinite(value) for value in score_of(metric.fewest, metric.fewest).values())
+    one_line_error(score_of, metric.fewest - 1, 20, fragments=["images"])
+    if metric.needs != "nothing":
+        one_line_error(score_of, 20, metric.fewest - 1, fragments=["images"])

@@ -1,5 +1,7 @@
 """Statistics in files: what is written is read again, files of others are read, and what can't be used is named."""
 
+import zipfile
+
 import jaxtyping
 import numpy as np
 import pytest
@@ -40,6 +42,13 @@ def test_files_of_pytorch_fid_and_guided_diffusion(tmp_path):
         ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, ["[F]"]),
         ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, ["not finite"]),
         ({"mu": np.array([{}], object), "sigma": np.eye(1)}, ["can't be read"]),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, ["mu must be an array of numbers"]),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "count": np.array([5, 6])}, ["count must be one whole number"]),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "count": np.array("many")}, ["count must be one whole number"]),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "count": np.array(0)}, ["count = 0"]),
+        ({"mu": np.zeros(1), "sigma": np.eye(1, dtype=complex)}, ["sigma must be an array of numbers, not complex128"]),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "network": np.array(7)}, ["network must be one name"]),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "network": np.array("two\nlines")}, ["'two\\nlines'", "inception_v3"]),
     ],
 )
 def test_arrays_that_are_no_statistics(arrays, fragments, tmp_path, monkeypatch):
@@ -47,6 +56,26 @@ def test_arrays_that_are_no_statistics(arrays, fragments, tmp_path, monkeypatch)
     path = tmp_path / "stats.npz"
     np.savez(path, **arrays)
     one_line_error(read_statistics, path, "inception_v3", fragments=["stats.npz", *fragments])
+
+
+def test_an_entry_that_is_no_array(tmp_path):
+    """NumPy gives the bytes of an entry that doesn't begin as its arrays do."""
+    path = tmp_path / "stats.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("mu.npy", b"hello")
+        file.writestr("sigma.npy", b"hello")
+    one_line_error(read_statistics, path, "inception_v3", fragments=["stats.npz", "mu must be an array of numbers, not bytes"])
+
+
+@pytest.mark.parametrize(("place", "value"), [(8, 1), (10, 77)], ids=["encrypted", "compression"])
+def test_an_entry_that_zipfile_can_not_read(place, value, tmp_path):
+    """Its flags and its method stand in the directory at the end of the file."""
+    path = tmp_path / "stats.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + place] = value
+    path.write_bytes(content)
+    one_line_error(read_statistics, path, "inception_v3", fragments=["stats.npz can't be read as statistics", "mu and sigma"])
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 truncated"])

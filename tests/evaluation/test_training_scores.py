@@ -50,6 +50,21 @@ def test_scores_of_a_run(config, tmp_path):
     assert len(losses) == 5
 
 
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        ({"evaluate_metrics": "pr", "evaluate_images": 3}, ["train.evaluate_images = 3", "pr needs 4"]),
+        (
+            {"evaluate_metrics": "kid", "evaluate_reference_images": 1},
+            ["reference_images", "give 1", "kid needs 2"],
+        ),
+    ],
+)
+def test_too_few_images_are_noticed_before_training(config, settings, fragments, tmp_path):
+    few = dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+    one_line_error(train, few, tmp_path / "run", fragments=fragments)
+
+
 def test_an_unknown_score_is_named_before_training(config, tmp_path):
     unknown = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate_metrics="fid,fib"))
     one_line_error(train, unknown, tmp_path / "run", fragments=["train.evaluate_metrics", "'fib'", "fid"])

@@ -33,7 +33,11 @@ class Bench:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        self.environment = {"XDG_CACHE_HOME": str(scratch / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.environment = {
+            "XDG_CACHE_HOME": str(scratch / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",  # a kill may leave a cache with a limit unusable
+        }
         self._made: dict[str, Any] = {}
         self._lock = threading.RLock()
         randomly = np.random.default_rng(0)

@@ -48,7 +48,8 @@ def full_for_checkpoints(bench: Bench, folder: Path) -> Outcome:
         workdir = disk / "run"
         running = bench.train(workdir, changes)
         wait_until(lambda: newest(workdir) == EVERY, running)
-        ballast = fill(disk)
+        with running.held():
+            ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         require(newest(workdir) == EVERY, f"newest checkpoint {newest(workdir)}")
         ballast.unlink()
@@ -65,7 +66,8 @@ def full_for_metrics(bench: Bench, folder: Path) -> Outcome:
         changes = {"train.checkpoint-every-steps": STEPS}
         running = bench.train(workdir, changes)
         running.wait_for(f"from step {EVERY}")
-        ballast = fill(disk)
+        with running.held():
+            ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         require(newest(workdir) == EVERY, f"newest checkpoint {newest(workdir)}")
         ballast.unlink()
@@ -79,7 +81,8 @@ def full_for_preparing(bench: Bench, folder: Path) -> Outcome:
     with small_disk(folder / "disk") as disk:
         running = bench.prepare(disk / "set")
         wait_until(lambda: len(list((disk / "set").glob("shard*"))) >= 3, running)
-        ballast = fill(disk)
+        with running.held():
+            ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         ballast.unlink()
         errors = finish(bench.prepare(disk / "set"))
@@ -94,7 +97,8 @@ def full_for_samples(bench: Bench, folder: Path) -> Outcome:
         out = disk / "samples.npz"
         running = bench.sample(out)
         running.wait_for(" left ")
-        ballast = fill(disk)
+        with running.held():
+            ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         require(not out.exists(), "a file that is not whole has the name of the result")
         ballast.unlink()

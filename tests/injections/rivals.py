@@ -36,13 +36,10 @@ def two_preparations(bench: Bench, folder: Path) -> Outcome:
 
 def _refused(first: Running, start_second: Callable[[], Running], written: Path, fragment: str) -> str:
     """Start the second while the first one is held; require that it says why it ends, and touches nothing."""
-    first.send(signal.SIGSTOP)
-    try:
+    with first.held():
         before = contents(written)
         happened = error_line(start_second(), fragment)
         require(not (changed := different(contents(written), before)), f"the second changed {changed[:3]}")
-    finally:
-        first.send(signal.SIGCONT)
     return happened
 
 

@@ -1,7 +1,5 @@
 """Metrics and feature networks against torch-fidelity, timm, and the code that came with the weights."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +21,6 @@ QUIET = {"verbose": False}
 
 @pytest.fixture(scope="module")
 def fidelity():
-    """torch-fidelity; torchvision, which it needs to read images, may be built for another PyTorch and lack its operators."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
     return pytest.importorskip("torch_fidelity")
 
 

@@ -1,11 +1,13 @@
 """Files as `torch.save` writes them, put together by hand: instructions of pickle's protocol 2, and a zip file around them.
 
-tests/interop/test_diffusers.py has PyTorch read what this makes.
+tests/interop/test_diffusers_files.py has PyTorch read what this makes.
 """
 
 import io
+import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 
@@ -65,3 +67,22 @@ def state_dict(tensors):
     arrays = [np.asarray(array, order="C") for array in tensors.values()]
     entries = {key: tensor(str(index), arrays[index]) for index, key in enumerate(tensors)}
     return archive(pickled(dictionary(entries)), arrays)
+
+
+class Executed:
+    """What a hostile file asks for: a call that leaves a file behind."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+def hostile(key, asks, protocol=2):
+    """The pickle of a dictionary whose value is a call; that the call would leave its canary behind has been tried."""
+    program = pickle.dumps({key: asks}, protocol)
+    pickle.loads(program)
+    assert asks.canary.exists()
+    asks.canary.unlink()
+    return program

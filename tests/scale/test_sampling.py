@@ -108,3 +108,28 @@ def test_scores_of_any_topology(run, tmp_path):  # noqa: F811
     alone = start("evaluate.py", ["--ckpt", tmp_path / "2x2"], tmp_path / "logs")
     assert alone.wait() == 0 and "holds 40 of the 40 images already" in alone.errors
     assert json.loads(alone.output)["bpd"]["bits_per_dim"] == results[0]["bpd"]["bits_per_dim"]
+
+
+def test_scores_of_drawn_images_in_any_topology(run, tmp_path):  # noqa: F811
+    """Features are made by all processes, the scores by the first; another topology goes on with what is there."""
+    names = ("fd_efficientnet_lite0", "kid_efficientnet_lite0")
+    argv = ["--metrics", ",".join(names), "--num-images", 35]
+    results = []
+    for count, devices in (TOPOLOGIES[0], TOPOLOGIES[2]):
+        folder = Path(shutil.copytree(run, tmp_path / f"{count}x{devices}"))
+        cache = {"XDG_CACHE_HOME": str(tmp_path / f"cache {count}x{devices}")}
+        line = [*argv, "--ckpt", folder, "--save-stats", folder / "stats.npz"]
+        running = start_together("tests/small_parts.py", line, tmp_path / "logs", count=count, devices=devices, env=cache)
+        assert wait_all(running) == [0] * count, [each.errors for each in running]
+        results.append(json.loads((folder / "evaluation.json").read_text()))
+        assert not any(each.output for each in running[1:])
+        drawn, real = folder.glob("evaluation/*/*.npz"), (Path(cache["XDG_CACHE_HOME"]) / "ddpm_jax/features").glob("*.npz")
+        assert (len(list(drawn)), len(list(real))) == (4, 4) and (folder / "stats.npz").exists()
+    for name in names:  # images may differ by a grey level here and there
+        assert results[1][name]["value"] == pytest.approx(results[0][name]["value"], rel=1e-3)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "2x2/evaluation").rglob("*.npz")}
+    alone = start("tests/small_parts.py", [*argv, "--ckpt", tmp_path / "2x2"], tmp_path / "logs", env=cache)
+    assert alone.wait() == 0, alone.errors
+    again = json.loads(alone.output)
+    assert [again[name]["value"] for name in names] == [results[1][name]["value"] for name in names]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "2x2/evaluation").rglob("*.npz")}

@@ -279,6 +279,35 @@ def test_a_signal_saves_and_stops(config, whole, tmp_path, monkeypatch, log, num
     assert_same_bits(loop.train(config, tmp_path), whole.state)
 
 
+def test_a_signal_during_the_last_step_leaves_nothing_out(config, tmp_path, monkeypatch, log):
+    """The run is whole then: its last preview and its plot are made."""
+    loop_batches = loop.batches
+
+    def batches(*args):
+        for step, batch in enumerate(loop_batches(*args), 1):
+            if step == 10:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "batches", batches)
+    loop.train(with_train(config, preview_every_steps=8), tmp_path)
+    assert "SIGTERM" in log.text and "trained 10 steps" in log.text
+    assert checkpoints(tmp_path) == [8, 10] and (tmp_path / "loss.png").exists()
+    assert sorted(entry.name for entry in (tmp_path / "samples").iterdir()) == ["00000008.png", "00000010.png"]
+
+
+def test_what_killed_programs_have_left_in_a_run_folder_is_removed_in_time(config, tmp_path):
+    old = [tmp_path / ".config.json.0123abcd.tmp", tmp_path / "samples" / ".00000004.png.0123abcd.tmp"]
+    new = tmp_path / ".evaluation.json.0123abcd.tmp"  # of a program that may be at it
+    (tmp_path / "samples").mkdir()
+    for path in (*old, new):
+        path.touch()
+    for path in old:
+        os.utime(path, (0, 0))
+    loop.train(with_train(config, num_steps=1), tmp_path)
+    assert new.exists() and not any(path.exists() for path in old)
+
+
 class Unreadable(StoredImages):
     """Images of which the last can't be read."""
 

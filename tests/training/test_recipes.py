@@ -73,7 +73,7 @@ def test_parameters_of_the_recipes(name, total):
     assert num_params(jax.eval_shape(lambda: init_params(make_network(config), 0, config.data.image_shape))) == total
 
 
-# Ho et al. (2020), appendix B: steps, batch size, learning rate, mirroring, dropout, variance.
+# Ho et al. (2020), appendix B: steps, batch size, learning rate, mirroring (by their scripts/run_lsun.py), dropout, variance.
 HO = {
     "cifar10": (800_000, 128, 2e-4, True, 0.1, "fixed_large"),
     "celebahq256": (500_000, 64, 2e-5, True, 0.0, "fixed_small"),
