@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,13 +17,30 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from ddpm_jax.errors import InputError
 from ddpm_jax.files import whole_file
 from ddpm_jax.json_lines import parse_records
+
+
+@contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Within, importing a module fails as where it isn't installed, unless it has been imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+# tensorboardX imports PyTorch where it finds it, which takes seconds and 250 MiB and serves nothing that is used here.
+with _absent("torch"):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
 logger = logging.getLogger("ddpm_jax")
 console = Console(stderr=True)

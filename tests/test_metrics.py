@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import struct
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,3 +302,11 @@ def test_sample_progress_without_a_terminal_is_plain_lines(terminal, caplog, clo
     assert "32/96" in first and "2:20" in first  # 32 images in 70 seconds, so 64 in 140
     assert "96/96" in last and "0:00" in last
     assert stream.getvalue() == ""
+
+
+def test_pytorch_is_left_alone(tmp_path):
+    """TensorBoard's writer would import it; whoever wants it afterwards gets it."""
+    (tmp_path / "torch.py").write_text("NAME = 'torch'")
+    program = "import sys, ddpm_jax.metrics\nassert 'torch' not in sys.modules\nimport torch\nassert torch.NAME == 'torch'"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)

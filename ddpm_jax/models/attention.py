@@ -20,6 +20,7 @@ CACHE_BYTES = 2**22
 
 
 @jax.custom_vjp
+@jax.jit
 def attention_cpu(q: Float[Array, "B N C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
     """y above; float32."""
     return _in_parts(lambda q, k, v: _weights(q, k) @ v, q, k, v)
@@ -29,6 +30,7 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array, A
     return attention_cpu(q, k, v), (q, k, v)
 
 
+@jax.jit
 def _backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, Array]:
     def gradients(q: Array, k: Array, v: Array, dy: Array) -> tuple[Array, Array, Array]:
         w = _weights(q, k)

@@ -44,8 +44,10 @@ LARGE = 2e8
 """Operations above which the algorithms pay: below, XLA's own routine has its data in the cache anyway."""
 MANY_CHANNELS = 128
 """Channels from which arithmetic, not memory, limits the gradient by the kernel, so that two dimensions pay."""
-CACHE_BYTES = 2**22
-"""What may be written between two passes over some images."""
+SHIFTS_BYTES = 2**22
+"""What `_kernel_gradient_shifts` may write between two passes over some images."""
+TILES_BYTES = 2**24
+"""The same of `_kernel_gradient_winograd`, whose sixteen products need more pixels to be quick."""
 
 SAME = ((1, 1), (1, 1))
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -73,26 +75,51 @@ def conv3x3_cpu(
 
     def backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
         x, kernel = residuals
-        # The rows and columns that dy covers once its pixels stand `stride` apart, and what is padded around it.
+        dx = _input_gradient(dy, kernel, (x.shape[1], x.shape[2]), padding, stride)
+        # The rows and columns that dy covers once its pixels stand `stride` apart, and what is padded around x.
         spans = [(n - 1) * stride + 1 for n in dy.shape[1:3]]
-        around_dy = tuple(
-            (2 - low, size - span + low) for size, span, (low, _) in zip(x.shape[1:3], spans, padding, strict=True)
-        )
         around_x = tuple(
             (low, 2 + span - size - low) for size, span, (low, _) in zip(x.shape[1:3], spans, padding, strict=True)
         )
-        dx = _conv(dy, kernel[::-1, ::-1].swapaxes(2, 3), around_dy, spread=stride)
         return dx, _kernel_gradient(x, dy, around_x, stride)
 
     conv.defvjp(forward, backward)
     return conv(x, kernel)
 
 
-def _conv(x: Array, kernel: Array, padding: Any, stride: int = 1, spread: int = 1) -> Array:
-    """The convolution, with the pixels of x set `spread` apart."""
-    if stride == spread == 1 and padding == SAME and x.shape[2] % 4 == 0 and _is_large(x, kernel.shape[3]):
+def _conv(x: Array, kernel: Array, padding: Any, stride: int = 1) -> Array:
+    """The convolution of images with a kernel of 3x3 pixels or fewer."""
+    is_same = stride == 1 and padding == SAME and kernel.shape[:2] == (3, 3)
+    if is_same and x.shape[2] % 4 == 0 and _is_large(x, kernel.shape[3]):
         return _winograd(x, kernel)
-    return _direct(x, kernel, padding, (stride, stride), lhs_dilation=(spread, spread))
+    return _direct(x, kernel, padding, (stride, stride))
+
+
+def _input_gradient(
+    dy: Float[Array, "B H2 W2 O"], kernel: Float[Array, "3 3 C O"], size: tuple[int, int], padding: Padding, stride: int
+) -> Float[Array, "B H W C"]:
+    """dx[i] = sum of dy[j] kernel[k] where i = stride j + k - low, in rows and columns alike; size is (H, W).
+
+    The pixels i = stride m + phase see every stride-th row k of the kernel, so those of each phase are a convolution of
+    their own with a smaller kernel, and no zeros are multiplied.
+    """
+    kernel = kernel.swapaxes(2, 3)
+
+    def phases(axis: int) -> list[tuple[slice, tuple[int, int]]]:
+        """For each phase, its rows of the kernel from the last to the first, and the padding of dy."""
+        found, (low, _) = [], padding[axis]
+        length, covered = -(-size[axis] // stride), dy.shape[1 + axis]
+        for phase in range(stride):
+            rows = range((phase + low) % stride, 3, stride)
+            before = (rows[-1] - phase - low) // stride  # from m to the first pixel of dy that it sees
+            found.append((slice(rows[-1], None, -stride), (before, length - covered - before + len(rows) - 1)))
+        return found
+
+    pixels = [[_conv(dy, kernel[rows, columns], (y, x)) for columns, x in phases(1)] for rows, y in phases(0)]
+    if stride == 1:
+        return pixels[0][0]
+    dx = jnp.stack([jnp.stack(row, axis=3) for row in pixels], axis=2)
+    return dx.reshape(len(dy), dx.shape[1] * stride, dx.shape[3] * stride, -1)[:, : size[0], : size[1]]
 
 
 def _kernel_gradient(x: Array, dy: Array, padding: Any, stride: int) -> Array:
@@ -112,6 +139,7 @@ def _is_large(x: Float[Array, "B H W C"], features: int) -> bool:
     return 18 * x.size * features >= LARGE and min(x.shape[3], features) >= 32 and x.dtype == jnp.float32
 
 
+@jax.jit
 def _winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C O"]) -> Float[Array, "B H W O"]:
     """F(4, 3) along each row."""
     width = x.shape[2]
@@ -120,9 +148,13 @@ def _winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C O"]) -> Fl
     kernels = _combine(G1.T, [kernel[:, i] for i in range(3)])
     above_and_below = ((1, 1), (0, 0))
     products = [_direct(d, g[:, None], above_and_below, (1, 1)) for d, g in zip(tiles, kernels, strict=True)]
-    return jnp.stack(_combine(A1, products), axis=3).reshape(*x.shape[:3], -1)
+    # The four pixels of a tile beside each other, as one sum for all: a fusion with a concatenation in it is not vectorised.
+    factors = jnp.asarray(A1, x.dtype)[:, None, None, None, :, None]
+    terms = [product[:, :, :, None] * factor for product, factor in zip(products, factors, strict=True)]
+    return sum(terms[1:], terms[0]).reshape(*x.shape[:3], -1)
 
 
+@jax.jit
 def _kernel_gradient_shifts(x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"]) -> Float[Array, "3 3 C O"]:
     (_, height, width, channels), features = x.shape, dy.shape[3]
 
@@ -133,9 +165,10 @@ def _kernel_gradient_shifts(x: Float[Array, "B H W C"], dy: Float[Array, "B H W 
         rows = jnp.concatenate([dy[:, 2 - i : 2 - i + height] for i in range(3)], axis=3)
         return jnp.einsum("bhwc,bhwo->co", columns, rows).reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
 
-    return _sum_over_parts(products, x, dy, 3 * height * width * (channels + features))
+    return _sum_over_parts(products, x, dy, 3 * height * width * (channels + features), SHIFTS_BYTES)
 
 
+@jax.jit
 def _kernel_gradient_winograd(x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"]) -> Float[Array, "3 3 C O"]:
     """F(2x2, 3x3), transposed: G^T [(B^T d B) * (A dy A^T)] G, the tiles d of 4x4 pixels 2 apart."""
     (_, height, width, channels), features = x.shape, dy.shape[3]
@@ -146,22 +179,26 @@ def _kernel_gradient_winograd(x: Float[Array, "B H W C"], dy: Float[Array, "B H 
         tiles = [tile for row in rows for tile in _combine(B2, [row[:, :, j : j + width - 1 : 2] for j in range(4)])]
         rows = _combine(A2.T, [dy[:, i::2] for i in range(2)])
         spread = [column for row in rows for column in _combine(A2.T, [row[:, :, j::2] for j in range(2)])]
-        return jnp.einsum("ptc,pto->pco", *(jnp.stack(a).reshape(16, -1, a[0].shape[-1]) for a in (tiles, spread)))
+        return jnp.stack([jnp.einsum("bhwc,bhwo->co", *pair) for pair in zip(tiles, spread, strict=True)])
 
-    total = _sum_over_parts(products, x, dy, 4 * height * width * (channels + features) // 2)
+    total = _sum_over_parts(products, x, dy, 2 * height * width * (channels + features), TILES_BYTES)
     rows = _combine(G2, list(total.reshape(4, 4, channels, features)))
     return jnp.stack([jnp.stack(_combine(G2, list(row))) for row in rows])
 
 
 def _sum_over_parts(
-    function: Callable[[Array, Array], Array], x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"], image_values: int
+    function: Callable[[Array, Array], Array],
+    x: Float[Array, "B H W C"],
+    dy: Float[Array, "B H W O"],
+    image_values: int,
+    limit: int,
 ) -> Array:
-    """function(x, dy), a sum over images, in as many parts of the batch as keep image_values each below CACHE_BYTES."""
+    """function(x, dy), a sum over images, in as many parts of the batch as keep image_values each below limit bytes."""
     batch, image_bytes = len(x), image_values * x.dtype.itemsize
     # Each device sums over its own images; within the loop a sum over devices would be one for every part.
     shares = math.gcd(batch, jax.device_count())
     share = batch // shares
-    parts = next(n for n in range(1, share + 1) if share % n == 0 and (share // n * image_bytes <= CACHE_BYTES or n == share))
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and (share // n * image_bytes <= limit or n == share))
     if parts == 1:
         return function(x, dy)
     x, dy = (array.reshape(shares, parts, share // parts, *array.shape[1:]) for array in (x, dy))

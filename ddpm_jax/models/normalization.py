@@ -22,19 +22,21 @@ def group_norm_cpu(
     return _forward(x, scale, bias, num_groups, eps, silu)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _forward(x: Array, scale: Array, bias: Array, num_groups: int, eps: float, silu: bool) -> tuple[Array, tuple[Array, ...]]:
     mean, rstd = _statistics(x, num_groups, eps)
     h = _normalise(x, scale, bias, mean, rstd)
     return (h * jax.nn.sigmoid(h) if silu else h), (x, scale, bias, mean, rstd)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(num_groups: int, eps: float, silu: bool, residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
     """dx = rstd (dh scale - mean of it - xhat times mean of it times xhat), means over the group; xhat = (x - mean) rstd."""
     x, scale, bias, mean, rstd = residuals
     dh = dy
     if silu:
         h = _normalise(x, scale, bias, mean, rstd)
-        gate = jax.nn.sigmoid(h)
+        gate = 0.5 + 0.5 * jnp.tanh(0.5 * h)  # the sigmoid; written as in the forward pass, it would be stored since then
         dh = dy * (gate * (1 + h * (1 - gate)))
     dh_sum = jnp.sum(dh, axis=(1, 2))  # [B, C], as all that follows
     dh_xhat_sum = (jnp.sum(dh * x, axis=(1, 2)) - mean * dh_sum) * rstd

@@ -41,6 +41,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
         grads: PyTree, state: PyTree, params: PyTree = None, *, norm: Float[Array, ""] | None = None, **_: Any
     ) -> tuple[PyTree, PyTree]:
         norm = optax.tree.norm(grads) if norm is None else norm
-        return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), grads), state
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -25,9 +25,15 @@ def reference(q, k, v, dy):
     return y, dq, dk, dv
 
 
+def set_parts(monkeypatch, limit):
+    """Parts of so many bytes; what was traced with others is forgotten."""
+    monkeypatch.setattr(attention, "CACHE_BYTES", limit)
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("images_per_part", [1, 2, 6])
 def test_values_and_gradients(images_per_part, monkeypatch):
-    monkeypatch.setattr(attention, "CACHE_BYTES", images_per_part * 9 * 9 * 4)
+    set_parts(monkeypatch, images_per_part * 9 * 9 * 4)
     q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 6, 9, 5)) * jnp.array([3.0, 1.0, 1.0, 1.0])[:, None, None, None]
     y, vjp = jax.vjp(attention_cpu, q, k, v)
     for got, expected in zip((y, *vjp(dy)), reference(q, k, v, dy), strict=True):
@@ -37,7 +43,7 @@ def test_values_and_gradients(images_per_part, monkeypatch):
 
 def test_the_weights_are_never_all_there(monkeypatch):
     """The largest array of a program in parts is one part's weights."""
-    monkeypatch.setattr(attention, "CACHE_BYTES", 2 * 64 * 64 * 4)
+    set_parts(monkeypatch, 2 * 64 * 64 * 4)
     shape = jax.ShapeDtypeStruct((16, 64, 8), jnp.float32)
     program = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention_cpu(q, k, v) ** 2), (0, 1, 2))).lower(shape, shape, shape)
     assert "16x64x64" not in program.as_text()

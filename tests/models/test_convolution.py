@@ -58,7 +58,14 @@ def assert_close(got, expected):
 def small_is_large(monkeypatch):
     """What is kept for large convolutions is tried on small ones, in parts."""
     monkeypatch.setattr(convolution, "LARGE", 1e5)
-    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**18)
+    set_parts(monkeypatch, 2**18)
+
+
+def set_parts(monkeypatch, limit):
+    """Parts of so many bytes; what was traced with others is forgotten."""
+    monkeypatch.setattr(convolution, "SHIFTS_BYTES", limit)
+    monkeypatch.setattr(convolution, "TILES_BYTES", limit)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, SAME), (2, LOW), (2, SAME), (1, LOW)], ids=str)
@@ -111,7 +118,7 @@ def test_the_same_numbers_as_the_compilers_own():
 @pytest.mark.parametrize("channels", [32, 128])
 def test_devices_are_summed_over_once(channels, monkeypatch):
     """A sum over devices within the loop over parts would come once for every part, and two loops could wait for each other."""
-    monkeypatch.setattr(convolution, "CACHE_BYTES", 2**16)
+    set_parts(monkeypatch, 2**16)
     mesh = make_mesh(jax.devices()[:8])
     x = jax.ShapeDtypeStruct((32, 8, 8, channels), jnp.float32, sharding=batch_sharding(mesh))
     kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.float32, sharding=replicated(mesh))

@@ -134,3 +134,16 @@ def test_bfloat16_is_normalised_as_elsewhere():
     params = jax.eval_shape(norm.init, jax.random.key(0), x)
     program = str(jax.make_jaxpr(lambda p: norm.apply(p, x))(params))
     assert "custom_vjp" not in program
+
+
+def test_of_each_layer_its_input_alone_is_kept_for_the_gradient():
+    """Eight layers between products with a constant matrix: eight arrays, and a few more while one layer is at work."""
+    x, weights = jnp.zeros((4, 16, 16, 32)), jnp.zeros((32, 32))
+
+    def loss(x, scale, bias):
+        for _ in range(8):
+            x = group_norm_cpu(x @ weights, scale, bias, 8, EPS, silu=True)
+        return jnp.sum(x)
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, jnp.ones(32), jnp.zeros(32)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 12 * x.nbytes
