@@ -44,10 +44,8 @@ LARGE = 2e8
 """Operations above which the algorithms pay: below, XLA's own routine has its data in the cache anyway."""
 MANY_CHANNELS = 128
 """Channels from which arithmetic, not memory, limits the gradient by the kernel, so that two dimensions pay."""
-SHIFTS_BYTES = 2**22
-"""What `_kernel_gradient_shifts` may write between two passes over some images."""
-TILES_BYTES = 2**24
-"""The same of `_kernel_gradient_winograd`, whose sixteen products need more pixels to be quick."""
+CACHE_BYTES = 2**22
+"""What may be written between two passes over some images."""
 
 SAME = ((1, 1), (1, 1))
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -165,7 +163,7 @@ def _kernel_gradient_shifts(x: Float[Array, "B H W C"], dy: Float[Array, "B H W 
         rows = jnp.concatenate([dy[:, 2 - i : 2 - i + height] for i in range(3)], axis=3)
         return jnp.einsum("bhwc,bhwo->co", columns, rows).reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
 
-    return _sum_over_parts(products, x, dy, 3 * height * width * (channels + features), SHIFTS_BYTES)
+    return _sum_over_parts(products, x, dy, 3 * height * width * (channels + features))
 
 
 @jax.jit
@@ -179,26 +177,22 @@ def _kernel_gradient_winograd(x: Float[Array, "B H W C"], dy: Float[Array, "B H 
         tiles = [tile for row in rows for tile in _combine(B2, [row[:, :, j : j + width - 1 : 2] for j in range(4)])]
         rows = _combine(A2.T, [dy[:, i::2] for i in range(2)])
         spread = [column for row in rows for column in _combine(A2.T, [row[:, :, j::2] for j in range(2)])]
-        return jnp.stack([jnp.einsum("bhwc,bhwo->co", *pair) for pair in zip(tiles, spread, strict=True)])
+        return jnp.einsum("ptc,pto->pco", *(jnp.stack(a).reshape(16, -1, a[0].shape[-1]) for a in (tiles, spread)))
 
-    total = _sum_over_parts(products, x, dy, 2 * height * width * (channels + features), TILES_BYTES)
+    total = _sum_over_parts(products, x, dy, 2 * height * width * (channels + features))
     rows = _combine(G2, list(total.reshape(4, 4, channels, features)))
     return jnp.stack([jnp.stack(_combine(G2, list(row))) for row in rows])
 
 
 def _sum_over_parts(
-    function: Callable[[Array, Array], Array],
-    x: Float[Array, "B H W C"],
-    dy: Float[Array, "B H W O"],
-    image_values: int,
-    limit: int,
+    function: Callable[[Array, Array], Array], x: Float[Array, "B H W C"], dy: Float[Array, "B H W O"], image_values: int
 ) -> Array:
-    """function(x, dy), a sum over images, in as many parts of the batch as keep image_values each below limit bytes."""
+    """function(x, dy), a sum over images, in as many parts of the batch as keep image_values each below CACHE_BYTES."""
     batch, image_bytes = len(x), image_values * x.dtype.itemsize
     # Each device sums over its own images; within the loop a sum over devices would be one for every part.
     shares = math.gcd(batch, jax.device_count())
     share = batch // shares
-    parts = next(n for n in range(1, share + 1) if share % n == 0 and (share // n * image_bytes <= limit or n == share))
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and (share // n * image_bytes <= CACHE_BYTES or n == share))
     if parts == 1:
         return function(x, dy)
     x, dy = (array.reshape(shares, parts, share // parts, *array.shape[1:]) for array in (x, dy))

@@ -63,8 +63,7 @@ def small_is_large(monkeypatch):
 
 def set_parts(monkeypatch, limit):
     """Parts of so many bytes; what was traced with others is forgotten."""
-    monkeypatch.setattr(convolution, "SHIFTS_BYTES", limit)
-    monkeypatch.setattr(convolution, "TILES_BYTES", limit)
+    monkeypatch.setattr(convolution, "CACHE_BYTES", limit)
     jax.clear_caches()
 
 
