@@ -45,7 +45,8 @@ attention_cpu.defvjp(_forward, _backward)
 
 
 def _weights(q: Float[Array, "B N C"], k: Float[Array, "B N C"]) -> Float[Array, "B N N"]:
-    return jax.nn.softmax(q @ k.mT * q.shape[-1] ** -0.5, axis=-1)
+    # q is scaled, not the product: a compiler may fuse scaling and subtraction of the largest, which it has rounded otherwise.
+    return jax.nn.softmax((q * q.shape[-1] ** -0.5) @ k.mT, axis=-1)
 
 
 def _in_parts(function: Callable[..., PyTree], *arrays: Float[Array, "B N C"]) -> PyTree:

@@ -13,6 +13,8 @@ up to rounding:
 
 The others are written as convolutions in the one layout that the compiler has a fast routine for. It rewrites those of
 autodiff to that layout too, but not inside loops, where they would be tens of times slower.
+
+`jax.jit` here marks what is traced once for each shape.
 """
 
 import math
