@@ -55,17 +55,23 @@ def publish(folder, network, settings, variance):
     torch.save(peers.renamed(network.state_dict()), folder / "diffusion_pytorch_model.bin")
 
 
+def compare(folder, description, variance, size, count):
+    """Publish a network of theirs and compare it with what is read here; it, the model and the inputs."""
+    theirs = peers.unet(description)
+    publish(folder, theirs, description, variance)
+    given = peers.inputs(size, size, 3, batch=1)
+    model = peers.check_here(folder, theirs, given)
+    assert num_params(model.params) == sum(weights.numel() for weights in theirs.parameters()) == count
+    return theirs, model, given
+
+
 def sections(config, *names):
     return {name: value for name, value in flatten(config).items() if name.partition(".")[0] in names}
 
 
 def test_the_cifar10_network_is_the_same_here_and_there(tmp_path):
     """At its full width. Read from the files as they are published, it is the network and the process of configs/cifar10.py."""
-    theirs = peers.unet(CIFAR10)
-    publish(tmp_path, theirs, CIFAR10, "fixed_large")
-    given = peers.inputs(32, 32, 3, batch=1)
-    model = peers.check_here(tmp_path, theirs, given)
-    assert num_params(model.params) == sum(weights.numel() for weights in theirs.parameters()) == 35_746_307
+    theirs, model, given = compare(tmp_path, CIFAR10, "fixed_large", 32, 35_746_307)
 
     ours = ddpm.load_config(ROOT / "configs" / "cifar10.py")
     expected = sections(ours, "model", "diffusion") | {"model.dropout": 0.0, "diffusion.label_dropout": 0.0}
@@ -93,11 +99,7 @@ def test_a_cifar10_model_goes_to_diffusers_and_back_unchanged(tmp_path):
 
 def test_the_256_pixel_network_is_the_same_here_and_there(tmp_path):
     """At its full width, of images of 256x256."""
-    theirs = peers.unet(CELEBAHQ)
-    publish(tmp_path, theirs, CELEBAHQ, "fixed_small")
-    given = peers.inputs(256, 256, 3, batch=1)
-    model = peers.check_here(tmp_path, theirs, given)
-    assert num_params(model.params) == sum(weights.numel() for weights in theirs.parameters()) == 113_673_219
+    _, model, given = compare(tmp_path, CELEBAHQ, "fixed_small", 256, 113_673_219)
 
     full = ddpm.load_config(ROOT / "configs" / "celebahq256.py").model
     assert model.config.model == dataclasses.replace(full, dropout=0.0, remat=False)
