@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import re
 import signal
 import sys
@@ -46,6 +47,7 @@ def run(main: Callable[[Sequence[str]], None], joins: bool = True) -> NoReturn:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _send_again
     argv = sys.argv[1:]
     try:
         if joins and "--help" not in argv:
@@ -96,6 +98,17 @@ class _Terminated(BaseException):
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
+
+
+def _send_again(dropped: Any) -> None:
+    """Send a signal once more whose exception Python has dropped: JAX has a callback in each collection of garbage, which is
+    often the first Python code after long work in C++, and so where a handler is called."""
+    number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
+    if number is None:
+        sys.__unraisablehook__(dropped)
+        return
+    with contextlib.suppress(RuntimeError):  # Python is ending, and starts no thread
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def _end(error: Any, status: int) -> NoReturn:

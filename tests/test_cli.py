@@ -3,12 +3,14 @@
 import ast
 import errno
 import functools
+import gc
 import json
 import os
 import re
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +31,12 @@ train, sample = load_script("train.py"), load_script("sample.py")
 
 
 @pytest.fixture(autouse=True)
-def sigterm():
-    """What SIGTERM does afterwards is what it did before: a command line changes it for good."""
-    before = signal.getsignal(signal.SIGTERM)
+def signals():
+    """What SIGTERM does afterwards is what it did before: a command line changes it for good. So with dropped exceptions."""
+    before, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     yield
     signal.signal(signal.SIGTERM, before)
+    sys.unraisablehook = hook
 
 
 # What these tests count on, whatever the default config says.
@@ -225,6 +228,21 @@ def test_sigterm_ends_a_program_that_does_nothing_about_it(monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.run(lambda argv: os.kill(os.getpid(), signal.SIGTERM))
     assert end.value.code == 143
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_within_a_callback_is_not_dropped(number, status, capsys, monkeypatch):
+    def main(argv):
+        gc.callbacks.append(lambda phase, info: gc.callbacks.pop() and signal.raise_signal(number))
+        gc.collect()
+        time.sleep(60)
+
+    monkeypatch.setattr(cli, "log_to_terminal", lambda: None)
+    monkeypatch.setattr(cli, "end_now", lambda message, status: sys.exit(status))
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == status
+    assert capsys.readouterr() == ("", "")
 
 
 def test_device_memory_that_is_too_small(capsys, monkeypatch):
