@@ -102,7 +102,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _send_again(dropped: Any) -> None:
     """Send a signal once more whose exception Python has dropped: JAX has a callback in each collection of garbage, which is
-    often the first Python code after long work in C++, and so where a handler is called."""
+    often the first Python code after long work in C++, and so where a handler is called.
+    """
     number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
     if number is None:
         sys.__unraisablehook__(dropped)

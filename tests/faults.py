@@ -21,8 +21,10 @@ import tyro
 from injections import clocks, damage, disks, hangs, kills, losses, rivals
 from injections.bench import Bench
 from injections.table import Broken, Fault, NotInjected, Outcome
+from runs import Missed
 
 MODULES = (kills, disks, damage, hangs, rivals, losses, clocks)
+ATTEMPTS = 5
 FAULTS = {fault.name: fault for module in MODULES for fault in module.FAULTS}
 
 
@@ -63,10 +65,15 @@ def inject(faults: Sequence[Fault], scratch: Path, jobs: int) -> Iterator[tuple[
     """Each fault with its outcome, in order, `jobs` of them at once; faults have folders of their own below scratch."""
     bench = Bench(scratch)
 
-    def run(fault: Fault) -> Outcome:
-        folder = scratch / fault.name
-        folder.mkdir()
-        return fault.inject(bench, folder)
+    def run(fault: Fault, attempt: int = 1) -> Outcome:
+        folder = scratch / fault.name / str(attempt)
+        folder.mkdir(parents=True)
+        try:
+            return fault.inject(bench, folder)
+        except Missed:  # its moment; nothing is known of the promise
+            if attempt == ATTEMPTS:
+                raise
+        return run(fault, attempt + 1)
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run, fault) for fault in faults]

@@ -11,12 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 300.0  # seconds that nothing here takes, even on a busy machine
+
+
+class Missed(RuntimeError):
+    """A program had done its work, on a busy machine, before something could be done to it."""
 
 
 class Running:
@@ -48,29 +52,41 @@ class Running:
             raise
 
     def wait_for(self, text: str, limit: float = LIMIT) -> None:
-        """Return once it has written the text to stderr. Raises RuntimeError where it ends, or `limit` passes, before."""
+        """Return once it has written the text to stderr. Errors: see wait_until."""
+        self.wait_until(lambda: text in self.errors, limit)
+
+    def wait_until(self, condition: Callable[[], bool], limit: float = LIMIT) -> None:
+        """Return once the condition holds. Raises Missed where the program ends well before, RuntimeError if it ends otherwise
+        or if `limit` seconds pass."""
         deadline = time.monotonic() + limit
-        while text not in self.errors:
+        while not condition():
             ended, late = self.process.poll() is not None, time.monotonic() > deadline
-            if (ended or late) and text not in self.errors:
-                raise RuntimeError(f"{'ended' if ended else 'waited'} without {text!r}:\n{self.errors}")
-            time.sleep(0.01)
+            if (ended or late) and not condition():
+                raise self._too_late() if ended else RuntimeError(f"the moment never came:\n{self.errors}")
+            time.sleep(0.002)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
         self.process.send_signal(number)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let it stand still meanwhile. Raises RuntimeError where it has ended before."""
+    def held(self, done: Callable[[], bool]) -> Iterator[None]:
+        """Let it stand still meanwhile. Raises Missed where it has done its work before."""
         self.send(signal.SIGSTOP)
-        happened = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # until then it goes on
-        if happened is None or happened.si_code != os.CLD_STOPPED:
-            raise RuntimeError(f"ended before it was held:\n{self.errors}")
+        if self.process.returncode is None:  # else it is no child any more
+            happened = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # until then it goes on
+        if self.process.returncode is not None or happened is None or happened.si_code != os.CLD_STOPPED:
+            raise self._too_late()
         try:
+            if done():
+                raise Missed(f"had done its work before it was held:\n{self.errors}")
             yield
         finally:
             self.send(signal.SIGCONT)
+
+    def _too_late(self) -> RuntimeError:
+        status = self.wait()
+        return (Missed if status == 0 else RuntimeError)(f"ended with status {status}:\n{self.errors}")
 
     def kill(self) -> None:
         """End it at once, if it is still there."""

@@ -1,16 +1,20 @@
 """What the checks behind the fault table notice: a promise that is broken must not pass."""
 
 import json
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from faults import inject
 from injections.bench import EVERY, contents, different, different_runs, records
 from injections.damage import cut, flip
 from injections.endings import error_line
 from injections.kills import inspect_training
-from injections.table import Broken
+from injections.table import Broken, Fault, Outcome
 from orbax.checkpoint import v1 as ocp
+from runs import Missed, Running
 
 GOOD = [{"step": 1, "loss": 0.5, "images_per_second": 3.0}, {"step": 2, "loss": 0.25}]
 
@@ -89,3 +93,30 @@ def test_lost_steps_are_counted_and_limited(tmp_path):
 def test_a_run_that_does_not_go_on_from_what_was_saved_is_noticed(tmp_path, errors):
     with pytest.raises(Broken):
         inspect_training(make_run(tmp_path / "run"), errors, saved=2)
+
+
+@pytest.mark.parametrize(("error", "attempts"), [(Missed("too late"), 3), (RuntimeError("ended with status 1"), 1)])
+def test_only_a_fault_that_came_too_late_is_injected_again(tmp_path, error, attempts):
+    folders = []
+
+    def inject_third(bench, folder):
+        folders.append(folder)
+        if len(folders) < 3:
+            raise error
+        return Outcome("as promised", "nothing")
+
+    ((_, future),) = inject([Fault("late", "", "", inject_third)], tmp_path, jobs=1)
+    assert isinstance(future.exception(), RuntimeError if attempts == 1 else type(None))
+    assert len(set(folders)) == len(folders) == attempts and all(folder.is_dir() for folder in folders)
+
+
+def test_a_program_that_is_through_was_missed(tmp_path):
+    running = Running([sys.executable, "-c", ""], tmp_path, os.environ, None)
+    for moment in (lambda: running.wait_for("never"), lambda: running.held(bool).__enter__()):
+        with pytest.raises(Missed):
+            moment()
+    failing = Running([sys.executable, "-c", "raise ValueError"], tmp_path, os.environ, None)
+    for moment in (lambda: failing.wait_for("never"), lambda: failing.held(bool).__enter__()):
+        with pytest.raises(RuntimeError, match="status 1") as error:
+            moment()
+        assert error.type is RuntimeError

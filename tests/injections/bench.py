@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 from runs import Running, start
+
+from ddpm_jax.data.records import MANIFEST
 
 STEPS = 100
 EVERY = 25  # steps between checkpoints
@@ -109,13 +110,9 @@ def finish(running: Running) -> str:
     return running.errors
 
 
-def wait_until(condition: Callable[[], bool], running: Running, limit: float = 120) -> None:
-    """Return once the condition holds. Raises RuntimeError where the program ends, or `limit` seconds pass, before."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        if running.process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the moment never came: {running.errors}")
-        time.sleep(0.002)
+def is_prepared(out: Path) -> bool:
+    """Whether a preparation has written its last file."""
+    return (out / MANIFEST).exists()
 
 
 def newest(workdir: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, newest, wait_until
+from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, is_prepared, last_step, newest
 from injections.endings import error_line
 from injections.table import Fault, NotInjected, Outcome, require
 
@@ -47,8 +47,8 @@ def full_for_checkpoints(bench: Bench, folder: Path) -> Outcome:
     with small_disk(folder / "disk") as disk:
         workdir = disk / "run"
         running = bench.train(workdir, changes)
-        wait_until(lambda: newest(workdir) == EVERY, running)
-        with running.held():
+        running.wait_until(lambda: newest(workdir) == EVERY)
+        with running.held(lambda: newest(workdir) > EVERY):
             ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         require(newest(workdir) == EVERY, f"newest checkpoint {newest(workdir)}")
@@ -66,7 +66,7 @@ def full_for_metrics(bench: Bench, folder: Path) -> Outcome:
         changes = {"train.checkpoint-every-steps": STEPS}
         running = bench.train(workdir, changes)
         running.wait_for(f"from step {EVERY}")
-        with running.held():
+        with running.held(lambda: last_step(workdir) == STEPS):
             ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         require(newest(workdir) == EVERY, f"newest checkpoint {newest(workdir)}")
@@ -80,8 +80,8 @@ def full_for_preparing(bench: Bench, folder: Path) -> Outcome:
     expected = contents(bench.prepared)
     with small_disk(folder / "disk") as disk:
         running = bench.prepare(disk / "set")
-        wait_until(lambda: len(list((disk / "set").glob("shard*"))) >= 3, running)
-        with running.held():
+        running.wait_until(lambda: len(list((disk / "set").glob("shard*"))) >= 3)
+        with running.held(lambda: is_prepared(disk / "set")):
             ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         ballast.unlink()
@@ -97,7 +97,7 @@ def full_for_samples(bench: Bench, folder: Path) -> Outcome:
         out = disk / "samples.npz"
         running = bench.sample(out)
         running.wait_for(" left ")
-        with running.held():
+        with running.held(out.exists):
             ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         require(not out.exists(), "a file that is not whole has the name of the result")
@@ -127,7 +127,7 @@ def removed(bench: Bench, folder: Path) -> Outcome:
     workdir = folder / "run"
     running = bench.train(workdir)
     running.wait_for(f"step {EVERY + 5}/")
-    wait_until(lambda: newest(workdir) == EVERY, running)
+    running.wait_until(lambda: newest(workdir) == EVERY)
     workdir.rename(folder / "removed")
     shutil.rmtree(folder / "removed", ignore_errors=True)
     happened = error_line(running)

@@ -21,7 +21,6 @@ from injections.bench import (
     finish,
     last_step,
     newest,
-    wait_until,
 )
 from injections.table import Fault, Outcome, require
 from runs import LIMIT, Running
@@ -82,7 +81,7 @@ def send_at(running: Running, number: signal.Signals, subject: Subject, randomly
     lines = max(0, randomly.randint(-subject.lines // 3, subject.lines * 2 // 3))
     delay = randomly.uniform(0, 0.3 if lines else STARTUP)
     try:
-        wait_until(lambda: running.errors.count(subject.progress) >= lines, running, LIMIT)
+        running.wait_until(lambda: running.errors.count(subject.progress) >= lines)
     except RuntimeError:  # fewer were left to write
         return False
     time.sleep(delay)
@@ -159,7 +158,7 @@ def within_a_save(bench: Bench, folder: Path) -> Outcome:
             names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
             return any(str(due) in name and not name.isdigit() for name in names)
 
-        wait_until(being_written, running)
+        running.wait_until(being_written)
         running.kill()
         require(newest(folder / "run") == due - EVERY, f"step {newest(folder / 'run')} counts as saved")
     finish(bench.train(folder / "run"))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from injections.bench import EVERY, Bench, contents, different, different_runs, finish, wait_until
+from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, is_prepared, newest
 from injections.endings import error_line, short
 from injections.table import Fault, Outcome, require
 from runs import Running, start_together, wait_all
@@ -18,25 +18,28 @@ def two_runs(bench: Bench, folder: Path) -> Outcome:
     workdir = folder / "run"
     first = bench.train(workdir)
     first.wait_for(f"step {EVERY}/")
-    happened = _refused(first, lambda: bench.train(workdir), workdir, "in use")
+    happened = _refused(first, lambda: newest(workdir) == STEPS, lambda: bench.train(workdir), workdir, "in use")
     finish(first)
     require(not (unlike := different_runs(workdir, bench.trained)), f"differs: {unlike[:3]}")
     return Outcome(f"the second: {happened}; the first: undisturbed, end bit-equal", "nothing")
 
 
 def two_preparations(bench: Bench, folder: Path) -> Outcome:
-    first = bench.prepare(folder / "set")
-    wait_until(lambda: bool(list((folder / "set").glob("shard*"))), first)
-    happened = _refused(first, lambda: bench.prepare(folder / "set"), folder / "set", "another process")
+    out = folder / "set"
+    first = bench.prepare(out)
+    first.wait_until(lambda: bool(list(out.glob("shard*"))))
+    happened = _refused(first, lambda: is_prepared(out), lambda: bench.prepare(out), out, "another process")
     finish(first)
-    unlike = different(contents(folder / "set"), contents(bench.prepared))
+    unlike = different(contents(out), contents(bench.prepared))
     require(not unlike, f"differs: {unlike[:3]}")
     return Outcome(f"the second: {happened}; the first: undisturbed, end bit-equal", "nothing")
 
 
-def _refused(first: Running, start_second: Callable[[], Running], written: Path, fragment: str) -> str:
+def _refused(
+    first: Running, done: Callable[[], bool], start_second: Callable[[], Running], written: Path, fragment: str
+) -> str:
     """Start the second while the first one is held; require that it says why it ends, and touches nothing."""
-    with first.held():
+    with first.held(done):
         before = contents(written)
         happened = error_line(start_second(), fragment)
         require(not (changed := different(contents(written), before)), f"the second changed {changed[:3]}")
