@@ -175,15 +175,15 @@ def _kernel_gradient_winograd(x: Float[Array, "B H W C"], dy: Float[Array, "B H 
 
     def products(x: Array, dy: Array) -> Float[Array, "16 C O"]:
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        rows = _combine(B2, [x[:, i : i + height - 1 : 2] for i in range(4)])
-        tiles = [tile for row in rows for tile in _combine(B2, [row[:, :, j : j + width - 1 : 2] for j in range(4)])]
-        rows = _combine(A2.T, [dy[:, i::2] for i in range(2)])
-        spread = [column for row in rows for column in _combine(A2.T, [row[:, :, j::2] for j in range(2)])]
-        return jnp.einsum("ptc,pto->pco", *(jnp.stack(a).reshape(16, -1, a[0].shape[-1]) for a in (tiles, spread)))
+        rows = _combine_at_once(B2, [x[:, i : i + height - 1 : 2] for i in range(4)])
+        tiles = _combine_at_once(B2, [rows[..., j : j + width - 1 : 2, :] for j in range(4)])
+        rows = _combine_at_once(A2.T, [dy[:, i::2] for i in range(2)])
+        spread = _combine_at_once(A2.T, [rows[..., j::2, :] for j in range(2)])
+        return jnp.einsum("ptc,pto->pco", *(a.reshape(16, -1, a.shape[-1]) for a in (tiles, spread)))
 
     total = _sum_over_parts(products, x, dy, 2 * height * width * (channels + features))
-    rows = _combine(G2, list(total.reshape(4, 4, channels, features)))
-    return jnp.stack([jnp.stack(_combine(G2, list(row))) for row in rows])
+    both = np.einsum("ik,jl->klji", G2, G2).reshape(9, 16)  # columns of pixels first, as in `tiles`
+    return jnp.tensordot(jnp.asarray(both, x.dtype), total, 1).reshape(3, 3, channels, features)
 
 
 def _sum_over_parts(
@@ -210,3 +210,10 @@ def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
         terms = [part if factor == 1 else float(factor) * part for factor, part in zip(column, parts, strict=True) if factor]
         sums.append(sum(terms[1:], terms[0]))
     return sums
+
+
+def _combine_at_once(matrix: np.ndarray, parts: Sequence[Float[Array, "*N"]]) -> Float[Array, "P *N"]:
+    """matrix^T parts as one sum, zeros too, for a fraction of the code: to compile, and to hold as long as the program."""
+    factors = jnp.asarray(matrix, parts[0].dtype).reshape(*matrix.shape, *[1] * parts[0].ndim)
+    terms = [part[None] * factor for part, factor in zip(parts, factors, strict=True)]
+    return sum(terms[1:], terms[0])

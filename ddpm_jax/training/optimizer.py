@@ -41,7 +41,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
         grads: PyTree, state: PyTree, params: PyTree = None, *, norm: Float[Array, ""] | None = None, **_: Any
     ) -> tuple[PyTree, PyTree]:
         norm = optax.tree.norm(grads) if norm is None else norm
-        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
