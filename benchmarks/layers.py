@@ -48,16 +48,18 @@ def trace_layers(config: Config) -> list[Layer]:
         output = call(*args, **kwargs)
         inside = False
         module = context.module.clone(parent=None, name=None)
+        inputs = tuple(arg for arg in args if hasattr(arg, "shape"))
+        rest = args[len(inputs) :]  # such as whether dropout is off
 
         def apply(params: PyTree, *inputs: Any) -> Any:
-            return module.apply({"params": params}, *inputs, **kwargs)
+            return module.apply({"params": params}, *inputs, *rest, **kwargs)
 
         def drop(key: Any, *inputs: Any) -> Any:
-            return module.apply({}, *inputs, **kwargs, rngs={"dropout": jax.random.wrap_key_data(key)})
+            return module.apply({}, *inputs, *rest, **kwargs, rngs={"dropout": jax.random.wrap_key_data(key)})
 
         if kind == "dropout":
             apply, params = drop, jax.random.key_data(jax.random.key(0))
-        layers.append(Layer(kind, apply, *jax.tree.map(abstract, (params, args, output))))
+        layers.append(Layer(kind, apply, *jax.tree.map(abstract, (params, inputs, output))))
         return output
 
     key = jax.random.key(0)
