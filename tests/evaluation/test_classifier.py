@@ -70,6 +70,7 @@ def test_any_image_shape(shape):
     assert logits.shape == (2, 4) and features.shape == (2, 64) and bool(jnp.isfinite(logits).all())
 
 
+@pytest.mark.heavy
 def test_same_seed_same_classifier(garments):
     images, labels = garments[0][:64], garments[1][:64]
     first, again, other = (train_classifier(images, labels, seed, num_epochs=1, channels=8) for seed in (3, 3, 4))

@@ -34,6 +34,7 @@ def recipe(name, overrides=None):
     return load_config(ROOT / "configs" / f"{name}.py", overrides)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["cifar10_improved", "stanford_cars64"])
 def test_three_steps_of_a_shrunken_recipe(name):
     """Every value stays finite, and every weight has moved: those in front of two layers that start at zero move third."""
