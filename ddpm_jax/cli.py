@@ -6,6 +6,7 @@ of the run was lost (where JAX notices first, it ends by SIGABRT). 130 and 143: 
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -47,7 +48,7 @@ def run(main: Callable[[Sequence[str]], None], joins: bool = True) -> NoReturn:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _send_again
+    sys.unraisablehook = functools.partial(_send_again, otherwise=sys.unraisablehook)
     argv = sys.argv[1:]
     try:
         if joins and "--help" not in argv:
@@ -100,13 +101,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _send_again(dropped: Any) -> None:
+def _send_again(dropped: Any, otherwise: Callable[[Any], Any]) -> None:
     """Send a signal once more whose exception Python has dropped: JAX has a callback in each collection of garbage, which is
     often the first Python code after long work in C++, and so where a handler is called.
     """
     number = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
     if number is None:
-        sys.__unraisablehook__(dropped)
+        otherwise(dropped)
         return
     with contextlib.suppress(RuntimeError):  # Python is ending, and starts no thread
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()

@@ -73,9 +73,10 @@ class Running:
     def held(self, done: Callable[[], bool]) -> Iterator[None]:
         """Let it stand still meanwhile. Raises Missed where it has done its work before."""
         self.send(signal.SIGSTOP)
+        happened = None
         if self.process.returncode is None:  # else it is no child any more
             happened = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # until then it goes on
-        if self.process.returncode is not None or happened is None or happened.si_code != os.CLD_STOPPED:
+        if happened is None or happened.si_code != os.CLD_STOPPED:
             raise self._too_late()
         try:
             if done():

@@ -148,10 +148,7 @@ def _winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C O"]) -> Fl
     kernels = _combine(G1.T, [kernel[:, i] for i in range(3)])
     above_and_below = ((1, 1), (0, 0))
     products = [_direct(d, g[:, None], above_and_below, (1, 1)) for d, g in zip(tiles, kernels, strict=True)]
-    # The four pixels of a tile beside each other, as one sum for all: a fusion with a concatenation in it is not vectorised.
-    factors = jnp.asarray(A1, x.dtype)[:, None, None, None, :, None]
-    terms = [product[:, :, :, None] * factor for product, factor in zip(products, factors, strict=True)]
-    return sum(terms[1:], terms[0]).reshape(*x.shape[:3], -1)
+    return _combine_at_once(A1, products, axis=3).reshape(*x.shape[:3], -1)  # the four pixels of a tile beside each other
 
 
 @jax.jit
@@ -212,8 +209,12 @@ def _combine(matrix: np.ndarray, parts: Sequence[Array]) -> list[Array]:
     return sums
 
 
-def _combine_at_once(matrix: np.ndarray, parts: Sequence[Float[Array, "*N"]]) -> Float[Array, "P *N"]:
-    """matrix^T parts as one sum, zeros too, for a fraction of the code: to compile, and to hold as long as the program."""
-    factors = jnp.asarray(matrix, parts[0].dtype).reshape(*matrix.shape, *[1] * parts[0].ndim)
-    terms = [part[None] * factor for part, factor in zip(parts, factors, strict=True)]
+def _combine_at_once(matrix: np.ndarray, parts: Sequence[Float[Array, "..."]], axis: int = 0) -> Float[Array, "..."]:
+    """matrix^T parts along a new axis, as one sum, zeros too.
+
+    It is a fraction of the code, to compile and to hold as long as the program, and is vectorised, which a fusion with a
+    concatenation in it is not.
+    """
+    factors = [jnp.expand_dims(row, [n for n in range(parts[0].ndim + 1) if n != axis]) for row in matrix]
+    terms = [jnp.expand_dims(part, axis) * factor.astype(part.dtype) for part, factor in zip(parts, factors, strict=True)]
     return sum(terms[1:], terms[0])

@@ -110,7 +110,7 @@ def finish(running: Running) -> str:
     return running.errors
 
 
-def is_prepared(out: Path) -> bool:
+def is_whole(out: Path) -> bool:
     """Whether a preparation has written its last file."""
     return (out / MANIFEST).exists()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, is_prepared, last_step, newest
+from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, is_whole, last_step, newest
 from injections.endings import error_line
 from injections.table import Fault, NotInjected, Outcome, require
 
@@ -81,7 +81,7 @@ def full_for_preparing(bench: Bench, folder: Path) -> Outcome:
     with small_disk(folder / "disk") as disk:
         running = bench.prepare(disk / "set")
         running.wait_until(lambda: len(list((disk / "set").glob("shard*"))) >= 3)
-        with running.held(lambda: is_prepared(disk / "set")):
+        with running.held(lambda: is_whole(disk / "set")):
             ballast = fill(disk)
         happened = error_line(running, "No space left on device")
         ballast.unlink()

@@ -23,7 +23,7 @@ from injections.bench import (
     newest,
 )
 from injections.table import Fault, Outcome, require
-from runs import LIMIT, Running
+from runs import LIMIT, Missed, Running
 
 SEED = 6  # of the instants
 STARTUP = 4.0  # seconds, about those from a program's start to its first step
@@ -82,7 +82,7 @@ def send_at(running: Running, number: signal.Signals, subject: Subject, randomly
     delay = randomly.uniform(0, 0.3 if lines else STARTUP)
     try:
         running.wait_until(lambda: running.errors.count(subject.progress) >= lines)
-    except RuntimeError:  # fewer were left to write
+    except Missed:  # fewer were left to write
         return False
     time.sleep(delay)
     if running.process.poll() is not None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, is_prepared, newest
+from injections.bench import EVERY, STEPS, Bench, contents, different, different_runs, finish, is_whole, newest
 from injections.endings import error_line, short
 from injections.table import Fault, Outcome, require
 from runs import Running, start_together, wait_all
@@ -28,7 +28,7 @@ def two_preparations(bench: Bench, folder: Path) -> Outcome:
     out = folder / "set"
     first = bench.prepare(out)
     first.wait_until(lambda: bool(list(out.glob("shard*"))))
-    happened = _refused(first, lambda: is_prepared(out), lambda: bench.prepare(out), out, "another process")
+    happened = _refused(first, lambda: is_whole(out), lambda: bench.prepare(out), out, "another process")
     finish(first)
     unlike = different(contents(out), contents(bench.prepared))
     require(not unlike, f"differs: {unlike[:3]}")
