@@ -27,7 +27,7 @@ class Case:
     """Images of a training step, and of a timed forward pass."""
     space_to_depth: int = 1
     """Edge of the patches that become one pixel in front of the network."""
-    steps_per_dispatch: int = 4
+    steps_per_dispatch: int = 10
     """Training steps that ddpm_jax makes in one go."""
     learning_rate: float = 2e-4
     """Adam's learning rate."""
@@ -59,7 +59,6 @@ CASES = {
         0.0,
         16,
         space_to_depth=2,
-        steps_per_dispatch=10,
         learning_rate=3e-3,
     ),
 }

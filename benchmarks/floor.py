@@ -5,7 +5,7 @@
 In the same run, by the same compiler: the best rate of a float32 matrix product, and the bandwidth of a copy between arrays
 that fit the L2 cache, arrays that fit larger ones, and arrays that fit none. Then every distinct layer of the network, found
 by tracing it, as programs of its own, repeated in a loop on the device so that no dispatch is counted, times how often it
-occurs. The floor of a program is
+occurs: with as many images as are worked on at a time, once for each part of the batch. The floor of a program is
 
     max(operations / peak, bytes / bandwidth)
 
@@ -38,7 +38,7 @@ from speed import processor
 from worker_jax import Training, make_config, make_run, start_training
 
 from ddpm_jax.config import Config
-from ddpm_jax.models import num_params
+from ddpm_jax.models import count_parts, num_params
 from ddpm_jax.parallel import compile_for, keep_compiled
 from ddpm_jax.training.ema import ema_decay, ema_update
 from ddpm_jax.training.optimizer import make_optimizer
@@ -190,7 +190,9 @@ def main() -> None:
     training = start_training(config)
     machine = Machine(training.mesh, options.seconds, options.repeats)
     machine.probe()
-    layers = trace_layers(config)
+    assert config.data.image_shape is not None
+    parts = count_parts(config.model, training.state.params, config.data.image_shape, config.train.batch_size)
+    layers = trace_layers(config, config.train.batch_size // parts)
     counted = sum(num_params(layer.params) for layer in layers if layer.kind != "dropout")
     known = num_params(training.state.params)
     assert counted == known, f"the layers found hold {counted} of {known} parameters"
@@ -203,7 +205,7 @@ def main() -> None:
         return config.train.batch_size / (run() / (time.perf_counter() - began))
 
     steps = [step_seconds() for _ in range(options.repeats)]
-    costs = measure_layers(machine, layers) + costs
+    costs = measure_layers(machine, layers * parts) + costs
     steps += [step_seconds() for _ in range(options.repeats)]
     whole = statistics.median(steps)
     machine.probe()
@@ -211,10 +213,8 @@ def main() -> None:
 
     phases = list(dict.fromkeys(cost.phase for cost in costs))
     groups = [(phase, [cost for cost in costs if cost.phase == phase]) for phase in phases]
-    print(
-        f"{CASES[options.case].title}, batch {config.train.batch_size}: peak {machine.peak / 1e9:.0f} GFLOP/s; copies of ",
-        end="",
-    )
+    batch = f"batch {config.train.batch_size}" + (f" in {parts} parts" if parts > 1 else "")
+    print(f"{CASES[options.case].title}, {batch}: peak {machine.peak / 1e9:.0f} GFLOP/s; copies of ", end="")
     print(", ".join(f"{size / 2**20:g} MiB {speed / 1e9:.0f} GB/s" for size, speed in machine.bandwidth.items()) + "\n")
     rows = [(phase, total(some, "seconds"), some) for phase, some in groups]
     print(table([*rows, ("sum of the phases", total(costs, "seconds"), costs), ("whole step", whole, costs)]))

@@ -29,11 +29,10 @@ class Layer(NamedTuple):
     output: Any
 
 
-def trace_layers(config: Config) -> list[Layer]:
-    """The layers that hold the network's parameters, and dropout, in the order of their calls in training."""
+def trace_layers(config: Config, batch: int) -> list[Layer]:
+    """The layers that hold the network's parameters, and dropout, in the order of their calls in training on such a batch."""
     assert config.data.image_shape is not None
     unet = make_unet(config.model, config.data.image_shape[2])
-    batch = config.train.batch_size
     xt, t = jnp.zeros((batch, *config.data.image_shape)), jnp.zeros((batch,), jnp.int32)
     layers: list[Layer] = []
     inside = False

@@ -15,7 +15,7 @@ CONFIG = Config(data=DataConfig(image_shape=SHAPE), model=MODEL, train=TrainConf
 
 @pytest.fixture(scope="module")
 def found():
-    return layers.trace_layers(CONFIG)
+    return layers.trace_layers(CONFIG, CONFIG.train.batch_size)
 
 
 def test_every_weight_lies_in_one_layer(found):

@@ -103,7 +103,7 @@ def _input_gradient(
     The pixels i = stride m + phase see every stride-th row k of the kernel, so those of each phase are a convolution of
     their own with a smaller kernel, and no zeros are multiplied.
     """
-    kernel = kernel.swapaxes(2, 3)
+    kernel = _swap_channels(kernel)
 
     def phases(axis: int) -> list[tuple[slice, tuple[int, int]]]:
         """For each phase, its rows of the kernel from the last to the first, and the padding of dy."""
@@ -120,6 +120,17 @@ def _input_gradient(
         return pixels[0][0]
     dx = jnp.stack([jnp.stack(row, axis=3) for row in pixels], axis=2)
     return dx.reshape(len(dy), dx.shape[1] * stride, dx.shape[3] * stride, -1)[:, : size[0], : size[1]]
+
+
+def _swap_channels(kernel: Float[Array, "R 3 C O"]) -> Float[Array, "R 3 O C"]:
+    """The kernel with its channels swapped; a wide one in a loop over its rows of pixels.
+
+    Reading across an array's lines is slow, and what uses a loop's result is not fused with it: Winograd's sums would read
+    every value so some five times, where the loop does it once.
+    """
+    if min(kernel.shape[2:]) < MANY_CHANNELS:
+        return kernel.swapaxes(2, 3)
+    return jax.lax.map(lambda row: row.swapaxes(1, 2), kernel)
 
 
 def _kernel_gradient(x: Array, dy: Array, padding: Any, stride: int) -> Array:

@@ -112,7 +112,8 @@ def keep_mask(key: Key[Array, ""], rows: Int[Array, " B"], shape: tuple[int, ...
 
     def one(row: Int[Array, ""]) -> Bool[Array, " N"]:
         pairs = jax.random.bits(jax.random.fold_in(key, row), (-(-count // 2),), jnp.uint32)
-        return jnp.concatenate([pairs & 0xFFFF, pairs >> 16])[:count] >= dropped
+        halves = pairs[None] >> jnp.array([[0], [16]], jnp.uint32) & 0xFFFF
+        return halves.reshape(-1)[:count] >= dropped
 
     return jax.vmap(one)(rows).reshape(-1, *shape)
 

@@ -20,7 +20,7 @@ from ddpm_jax.diffusion.losses import hybrid_loss, loss_weight, simple_loss, vlb
 from ddpm_jax.diffusion.process import NetworkFn
 from ddpm_jax.diffusion.schedule import Schedule
 from ddpm_jax.diffusion.timesteps import LossHistory, draw_by_loss, draw_timesteps, record_losses
-from ddpm_jax.models import UNet, bind
+from ddpm_jax.models import UNet, bind, count_parts
 from ddpm_jax.parallel import (
     BATCH_AXES,
     batch_sharding,
@@ -139,8 +139,9 @@ def make_train_steps(train_step: TrainStep, max_count: int) -> TrainSteps:
 def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mesh) -> LossAndGrad:
     """The function (key, params, batch, loss history = None) -> (loss, gradient, loss history after the batch).
 
-    Loss and gradient are means over the batch, in optim.accumulate_steps parts, float32 and summed between devices as such
-    whatever the network's compute dtype. The gradient is split as the weights are. Where there is a history, t is drawn by it.
+    Loss and gradient are means over the batch, in optim.accumulate_steps parts, on a CPU each in further ones, float32 and
+    summed between devices as such whatever the network's compute dtype. The gradient is split as the weights are. Where there
+    is a history, t is drawn by it.
     """
     rows = PartitionSpec(BATCH_AXES)
 
@@ -150,7 +151,7 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mes
         examples = draw_examples(config, schedule, key, batch, history)
         examples = jax.lax.with_sharding_constraint(examples, batch_sharding(mesh))
         specs = split_specs(mesh, params)
-        of_device = _make_device_gradient(config, schedule, unet, params, specs, len(batch.images))
+        of_device = _make_device_gradient(config, schedule, unet, params, specs, batch.images.shape, mesh.size)
         arguments, results = (PartitionSpec(), specs, rows), (PartitionSpec(), specs, rows)
         loss, grads, losses = on_each_device(mesh, of_device, arguments, results)(split_step_key(key).dropout, params, examples)
         if history is not None:
@@ -162,12 +163,13 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mes
 
 
 def _make_device_gradient(
-    config: Config, schedule: Schedule, unet: UNet, params: PyTree, specs: PyTree, batch_size: int
+    config: Config, schedule: Schedule, unet: UNet, params: PyTree, specs: PyTree, shape: tuple[int, ...], devices: int
 ) -> Callable[..., Any]:
     """What each device does: (dropout key, its pieces of the weights, its examples) -> (loss, its pieces of the gradient,
-    loss of each of its images); loss and gradient are those of the whole batch.
+    loss of each of its images); loss and gradient are those of the whole batch, of images [B, H, W, C].
     """
-    parts = config.optim.accumulate_steps
+    batch_size, accumulated = shape[0], config.optim.accumulate_steps
+    parts = accumulated * count_parts(config.model, params, shape[1:], batch_size // devices // accumulated)
     losses_of = make_loss(config, schedule)
 
     def loss_fn(pieces: PyTree, key: Key[Array, ""], examples: Examples) -> tuple[Array, Array]:
@@ -187,8 +189,9 @@ def _make_device_gradient(
                 return jax.tree.map(jnp.add, total, (loss, grads)), losses
 
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, pieces))
-            (loss, grads), losses = jax.lax.scan(add, zero, jax.tree.map(lambda x: _split(x, parts), examples))
-            losses = _join(losses)
+            examples = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), examples)
+            (loss, grads), losses = jax.lax.scan(add, zero, examples)
+            losses = losses.reshape(-1)
         return sum_over(BATCH_AXES, loss), reduce_gradients(grads, specs), losses
 
     return of_device
@@ -242,13 +245,3 @@ def random_flip(key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Float[A
 def drop_labels(key: Key[Array, ""], labels: Int[Array, " B"], rate: float, num_classes: int) -> Int[Array, " B"]:
     """Each label replaced by num_classes, the open class, with probability `rate`: Algorithm 1 of Ho & Salimans (2022)."""
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), num_classes, labels)
-
-
-def _split(x: Shaped[Array, "B *rest"], parts: int) -> Shaped[Array, "P N *rest"]:
-    """[B] -> [parts, B / parts], every part with its share of each device's images."""
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(pieces: Shaped[Array, "P N *rest"]) -> Shaped[Array, "B *rest"]:
-    """The inverse of _split."""
-    return pieces.swapaxes(0, 1).reshape(-1, *pieces.shape[2:])

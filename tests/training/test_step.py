@@ -16,7 +16,8 @@ from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, Op
 from ddpm_jax.data.image_set import ImageSet
 from ddpm_jax.data.pipeline import Batch, batches
 from ddpm_jax.diffusion.timesteps import draw_by_loss, draw_timesteps, empty_history
-from ddpm_jax.models import make_unet
+from ddpm_jax.inference import make_network
+from ddpm_jax.models import make_unet, parts
 from ddpm_jax.parallel import batch_sharding, compile_for, make_mesh, put, replicated, run_once
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import init_state
@@ -324,6 +325,32 @@ def test_noise_and_timesteps_have_their_distributions(one_device):
         state, train_step = prepare(config, network(OnePicture, config), one_device)
         _, metrics = quick(train_step)(state, grey)
         assert abs(float(metrics.loss) - expected) < 4 * deviation, prediction
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_a_cpu_takes_a_batch_in_parts_of_its_own(accumulate_steps, monkeypatch):
+    """Every image by itself, under dropout and with timesteps drawn by importance, has the result of all at once."""
+    config = changed(model={"dropout": 0.3}, diffusion={"timesteps": "importance", "loss": "vlb", "variance": "learned_range"})
+    unet = make_network(config)
+    params = jax.jit(unet.init)(jax.random.key(1), jnp.zeros((1, 8, 8, 2)), jnp.zeros((1,), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(2), leaf.shape), params)
+    batch, history = Batch(jnp.asarray(random_images(8))), empty_history(config.diffusion.num_steps)
+
+    def run(steps):
+        these = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate_steps=steps))
+        arguments = (jax.random.key(5), params, batch, history)
+        program = quick(make_loss_and_grad(these, config_schedule(these), unet, ONE_DEVICE)).lower(*arguments)
+        return program.compile()(*arguments), program.as_text()
+
+    whole, whole_text = run(1)
+    monkeypatch.setattr(parts, "LEAST_BYTES", 1)
+    monkeypatch.setattr(parts, "WEIGHT_SHARE", 0)
+    result, text = run(accumulate_steps)
+    # The input of the first convolution tells how many images it sees.
+    assert "tensor<8x8x8x2xf32>, tensor<3x3x2x8xf32>" in whole_text
+    assert "tensor<1x8x8x2xf32>, tensor<3x3x2x8xf32>" in text
+    assert "tensor<8x8x8x2xf32>, tensor<3x3x2x8xf32>" not in text
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=RTOL, atol=ATOL), result, whole)
 
 
 def test_parts_of_a_batch_have_dropout_of_their_own():
