@@ -7,12 +7,12 @@ weights once more and adds up a gradient as large, which must not outweigh the w
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.models.layers import on_cpu
+from ddpm_jax.models.unet import num_params
 
 LEAST_BYTES = 2**20
 """What a part's feature maps of the first level take at least: with less, there is too little work for several cores."""
@@ -25,7 +25,7 @@ def count_parts(config: ModelConfig, params: PyTree, image_shape: tuple[int, ...
 
     Args:
         config: the network.
-        params: its weights; shapes are enough.
+        params: its weights, float32; shapes are enough.
         image_shape: [H, W, C] of an image.
         batch_size: images that the device has.
     """
@@ -33,7 +33,7 @@ def count_parts(config: ModelConfig, params: PyTree, image_shape: tuple[int, ...
         return 1
     positions = math.prod(image_shape[:2]) // config.space_to_depth**2
     image_bytes = positions * config.channels * jnp.dtype(config.dtype).itemsize
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    weight_bytes = 4 * num_params(params)
     enough = max(LEAST_BYTES, WEIGHT_SHARE * weight_bytes)
     fitting = (parts for parts in range(batch_size, 1, -1) if batch_size % parts == 0)
     return next((parts for parts in fitting if batch_size // parts * image_bytes >= enough), 1)

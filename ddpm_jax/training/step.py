@@ -151,7 +151,7 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mes
         examples = draw_examples(config, schedule, key, batch, history)
         examples = jax.lax.with_sharding_constraint(examples, batch_sharding(mesh))
         specs = split_specs(mesh, params)
-        of_device = _make_device_gradient(config, schedule, unet, params, specs, batch.images.shape, mesh.size)
+        of_device = _make_device_gradient(config, schedule, unet, params, specs, len(batch.images))
         arguments, results = (PartitionSpec(), specs, rows), (PartitionSpec(), specs, rows)
         loss, grads, losses = on_each_device(mesh, of_device, arguments, results)(split_step_key(key).dropout, params, examples)
         if history is not None:
@@ -163,13 +163,12 @@ def make_loss_and_grad(config: Config, schedule: Schedule, unet: UNet, mesh: Mes
 
 
 def _make_device_gradient(
-    config: Config, schedule: Schedule, unet: UNet, params: PyTree, specs: PyTree, shape: tuple[int, ...], devices: int
+    config: Config, schedule: Schedule, unet: UNet, params: PyTree, specs: PyTree, batch_size: int
 ) -> Callable[..., Any]:
     """What each device does: (dropout key, its pieces of the weights, its examples) -> (loss, its pieces of the gradient,
-    loss of each of its images); loss and gradient are those of the whole batch, of images [B, H, W, C].
+    loss of each of its images); loss and gradient are those of the whole batch.
     """
-    batch_size, accumulated = shape[0], config.optim.accumulate_steps
-    parts = accumulated * count_parts(config.model, params, shape[1:], batch_size // devices // accumulated)
+    accumulated = config.optim.accumulate_steps
     losses_of = make_loss(config, schedule)
 
     def loss_fn(pieces: PyTree, key: Key[Array, ""], examples: Examples) -> tuple[Array, Array]:
@@ -180,6 +179,8 @@ def _make_device_gradient(
     grad_fn = jax.value_and_grad(free_gathered(loss_fn, params, specs), has_aux=True)
 
     def of_device(key: Key[Array, ""], pieces: PyTree, examples: Examples) -> tuple[Array, PyTree, Array]:
+        images = examples.x0
+        parts = accumulated * count_parts(config.model, params, images.shape[1:], len(images) // accumulated)
         if parts == 1:
             (loss, losses), grads = grad_fn(pieces, key, examples)
         else:
